@@ -1,0 +1,169 @@
+"""The operators that PyTorch sees: schemas, fakes, autograd. What runs is chosen inside, by `dispatch`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..merge import accumulator_dtype
+from ..patterns import DilatedPattern
+from ..types import HeadOffsets, MixingGrad, Options, Padding, Shape
+from .dispatch import choose
+from .documents import read_documents
+from .problem import Problem
+from .views import foldable
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    head_offsets: str,
+    padding: str,
+    mixing_grad: str,
+) -> Problem:
+    """Read what the tensors say (shapes, strides, where documents lie) into a Problem."""
+    shape = Shape(
+        query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+    )
+    documents = read_documents(
+        shape,
+        key_start=key_start,
+        key_starts=key_starts,
+        cu_seqlens=cu_seqlens,
+        suffix_mask=key_padding_mask if padding == "zeros" else None,
+    )
+    options = Options(
+        is_causal,
+        1 / math.sqrt(query.shape[3]) if scale is None else scale,
+        dropout_p,
+        cast(Padding, padding),
+        cast(MixingGrad, mixing_grad),
+    )
+    return Problem(
+        DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), cast(HeadOffsets, head_offsets)),
+        shape,
+        options,
+        documents,
+        query.dtype,
+        str(query.device),
+        has_mask=key_padding_mask is not None,
+        fold=all(map(foldable, (query, key, value))),
+    )
+
+
+@torch.library.custom_op("dilated_attention_pytorch::forward", mutates_args=())
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    seed: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    head_offsets: str,
+    padding: str,
+    mixing_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, Nq, H, Dv), lse (B, Nq, H)), both contiguous."""
+    problem = make_problem(
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, segment_lengths, dilation_rates, key_start,
+        is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
+    )  # fmt: skip
+    chosen = choose(backend, problem).backend
+    with torch.autocast(query.device.type, enabled=False):
+        return chosen.forward(
+            query, key, value, problem, mask=key_padding_mask, seed=None if seed is None else int(seed.item())
+        )
+
+
+@attention_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = query.shape[:3]
+    return (
+        query.new_empty(*rows, value.shape[3]),
+        query.new_empty(rows, dtype=accumulator_dtype(query.dtype)),
+    )
+
+
+@torch.library.custom_op("dilated_attention_pytorch::backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    seed: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    head_offsets: str,
+    padding: str,
+    mixing_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    problem = make_problem(
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, segment_lengths, dilation_rates, key_start,
+        is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
+    )  # fmt: skip
+    chosen = choose(backend, problem).backend
+    with torch.autocast(query.device.type, enabled=False):
+        return chosen.backward(
+            grad_out, grad_lse, query, key, value, out, lse, problem,
+            mask=key_padding_mask, seed=None if seed is None else int(seed.item()),
+        )  # fmt: skip
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    return dq, dk, dv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.rest = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    empty = (None,) * (4 + len(ctx.rest))
+    if grad_out is None and grad_lse is None:
+        return None, None, None, *empty
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[3])
+    return *attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest), *empty
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)

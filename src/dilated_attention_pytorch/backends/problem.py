@@ -1,0 +1,43 @@
+"""One call of the operator with everything but the tensors' values: what a backend is asked to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..patterns import DilatedPattern
+from ..patterns.plan import branch_only, plan
+from ..types import Document, Options, Plan, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Pattern, sizes, options and where documents lie; hashable, so that plans and choices are cached by it."""
+
+    pattern: DilatedPattern
+    shape: Shape
+    options: Options
+    documents: tuple[Document, ...]
+    dtype: torch.dtype
+    device: str
+    has_mask: bool = False
+    fold: bool = True
+    """Whether batch and rows are one affine axis of every tensor."""
+
+    @property
+    def plan(self) -> Plan:
+        """The fused calls of this problem (cached)."""
+        options = self.options
+        return plan(
+            self.pattern,
+            self.shape,
+            self.documents,
+            is_causal=options.is_causal,
+            zeros=options.padding == "zeros",
+            fold=self.fold,
+        )
+
+    def branch(self, index: int) -> Problem:
+        """The same problem with one branch alone."""
+        return replace(self, pattern=branch_only(self.pattern, index))

@@ -1,0 +1,256 @@
+"""PyTorch's fused attention kernels on zero-copy views of the original tensors, joined by their log-sum-exp.
+
+What the kernels cannot say is carried by a few extra columns of the head dim (then, and only then, the tensors are
+copied): a key mask by one column whose product is a huge negative score, the gradient of the lse by columns with
+dO' = 1 and O' = -dLSE, a value dim that differs from the head dim or an unaligned one by columns of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..merge import accumulator_dtype, add_zero_keys_, merge_
+from ..types import Call, Plan
+from .problem import Problem
+from .vendor import Kernel, find_kernel
+from .views import foldable, key_view, query_view
+
+_SMALLEST_CHUNK = 1 << 14
+
+
+def _mask_bias(dtype: torch.dtype) -> float:
+    """A number whose negated square, times the scale, is the score of a masked key; exact in every dtype."""
+    return 2.0**14 if dtype == torch.float16 else 2.0**50
+
+
+def _width(problem: Problem, *, grad_lse: bool) -> int:
+    """Head dim that carries everything the problem needs."""
+    columns = int(problem.has_mask) + (_lse_columns(problem.dtype) if grad_lse else 0)
+    return max(problem.shape.head_dim, problem.shape.value_dim) + columns
+
+
+def _lse_columns(dtype: torch.dtype) -> int:
+    """Columns that hold a float32 gradient of the lse: three numbers of 8 (or 11) bits reach 24 bits."""
+    return 3 if dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def kernel_for(problem: Problem, *, grad_lse: bool = False) -> Kernel | str:
+    """The vendor kernel for this problem, or why there is none."""
+    return find_kernel(problem.device, problem.dtype, _width(problem, grad_lse=grad_lse))
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    if problem.options.dropout_p:
+        return "the vendor kernels draw dropout masks of their own, which no other backend can reproduce"
+    if problem.has_mask and problem.options.scale < (1e-3 if problem.dtype == torch.float16 else 1e-20):
+        return f"a key_padding_mask is carried by a column of the scores, which scale={problem.options.scale} drowns"
+    kernel = kernel_for(problem)
+    return kernel if isinstance(kernel, str) else None
+
+
+def _chunks(call: Call, limit: int, most: int) -> Iterator[Call]:
+    """Cut a call so that a partial result holds at most ``limit`` rows and no axis more than ``most`` problems."""
+    inner = max(1, min(call.inner, most, limit // call.query_len))
+    outer = max(1, min(call.outer, most, limit // (inner * call.query_len)))
+    for i in range(0, call.outer, outer):
+        for j in range(0, call.inner, inner):
+            row = i * call.outer_row + j * call.inner_row
+            yield replace(
+                call,
+                outer=min(outer, call.outer - i),
+                inner=min(inner, call.inner - j),
+                batch=call.batch + i * call.outer_batch,
+                query_row=call.query_row + row,
+                key_row=call.key_row + row,
+                head=call.head + j * call.inner_head,
+                kv_head=call.kv_head + j * call.inner_kv_head,
+            )
+
+
+def _limit(problem: Problem) -> int:
+    """Rows a partial result may hold: an eighth of the output on the CPU, where smaller calls cost nothing."""
+    rows = problem.shape.batch * problem.shape.query_rows * problem.shape.heads
+    return max(_SMALLEST_CHUNK, rows // 8) if problem.device == "cpu" else rows
+
+
+def _pad(tensor: Tensor, width: int) -> Tensor:
+    """The tensor itself, or a copy with columns of zeros up to ``width``."""
+    if tensor.shape[3] == width and tensor.stride(3) == 1:
+        return tensor
+    padded = tensor.new_zeros(*tensor.shape[:3], width)
+    padded[..., : tensor.shape[3]] = tensor
+    return padded
+
+
+def _carry(
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, mask: Tensor | None, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value with the head dim of the kernel; a mask becomes a column of query and key."""
+    if mask is None:
+        return _pad(query, width), _pad(key, width), _pad(value, width)
+    hidden = mask[:, :, None, None]
+    key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)  # 0 * NaN would leak
+    column, bias = max(problem.shape.head_dim, problem.shape.value_dim), _mask_bias(query.dtype)
+    query, key = _pad(query, width), _pad(key, width)
+    query[..., column] = bias
+    key[..., column] = torch.where(mask, -bias, 0.0).to(key.dtype).unsqueeze(-1)
+    return query, key, _pad(value, width)
+
+
+def _round_up(kernel: Kernel, width: int) -> int:
+    return -(-width // kernel.dim_multiple) * kernel.dim_multiple
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    *,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, Nq, H, Dv), lse (B, Nq, H))."""
+    kernel = kernel_for(problem)
+    assert isinstance(kernel, Kernel), kernel
+    width = _round_up(kernel, _width(problem, grad_lse=False))
+    carried = _carry(query, key, value, problem, mask, width)
+    out, lse = _run(kernel, *carried, problem, problem.plan)
+    return out[..., : value.shape[3]].to(query.dtype).contiguous(), lse
+
+
+def _run(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+    """All calls of a plan, joined in the accumulators' dtype."""
+    acc = accumulator_dtype(query.dtype)
+    rows, limit = query.shape[:3], _limit(problem)
+    drowned = -0.5 * problem.options.scale * _mask_bias(query.dtype) ** 2
+    out: Tensor | None = None
+    lse = query.new_empty(rows, dtype=acc) if plan.covers_first else query.new_full(rows, -torch.inf, dtype=acc)
+    if not plan.covers_first:
+        out = query.new_zeros(query.shape, dtype=acc)
+    for n, call in enumerate(plan.calls):
+        fresh = n < plan.covers_first
+        # The kernel's own output becomes the accumulator where it can: then the first branch costs no copy.
+        adopt = fresh and plan.covers_first == 1 and query.dtype == acc and query.is_contiguous()
+        for part in _chunks(call, call.rows if adopt else limit, kernel.max_problems):
+            part_out, part_lse = kernel.forward(
+                query_view(query, part), key_view(key, part), key_view(value, part), part.is_causal, problem.options.scale
+            )
+            if problem.has_mask:
+                part_lse = part_lse.masked_fill(part_lse < drowned, -torch.inf)
+            if part.zero_keys:
+                part_out = part_out.to(acc)
+                add_zero_keys_(part_out, part_lse, part.zero_keys)
+            if fresh and out is None:
+                by_row = part_out.transpose(1, 2)
+                if part.rows == rows.numel() and part_out.dtype == acc and by_row.is_contiguous():
+                    out = by_row.view(query.shape)
+                    query_view(lse.unsqueeze(-1), part)[..., 0].copy_(part_lse)
+                    continue
+                out = query.new_empty(query.shape, dtype=acc)
+            assert out is not None
+            out_view, lse_view = query_view(out, part), query_view(lse.unsqueeze(-1), part)[..., 0]
+            if fresh:
+                out_view.copy_(part_out)
+                lse_view.copy_(part_lse)
+            else:
+                merge_(out_view, lse_view, part_out, part_lse)
+    assert out is not None  # calls that cover every row made it
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    *,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
+    kernel = kernel_for(problem, grad_lse=grad_lse is not None)
+    assert isinstance(kernel, Kernel), kernel
+    width = _round_up(kernel, _width(problem, grad_lse=grad_lse is not None))
+    if not foldable(grad_out):
+        grad_out = grad_out.contiguous()
+    if mask is not None:  # a row without keys: exp(s - inf) is 0 where exp(s + inf) is not
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    query_, key_, value_ = _carry(query, key, value, problem, mask, width)
+    grad_out_ = _pad(grad_out, width)
+    if problem.options.mixing_grad == "exact":
+        out_ = _pad(out, width)
+        if grad_lse is not None:
+            # delta = rowsum(dO * O) - dLSE, as columns that meet zeros everywhere else.
+            first, rest = width - _lse_columns(query.dtype), grad_lse
+            grad_out_[..., first:] = 1
+            for column in range(first, width):
+                out_[..., column] = -rest
+                rest = rest + out_[..., column]
+        parts = [(problem.plan, out_)]
+    else:
+        # Each branch is differentiated with its own output; the weights exp(branch lse - lse) are constants.
+        parts = []
+        for index in range(len(problem.pattern.branches)):
+            part = problem.branch(index).plan
+            parts.append((part, _run(kernel, query_, key_, value_, problem, part)[0].to(query.dtype)))
+    sums: list[Tensor | None] = [None, None, None]
+    shape, first_plan = problem.shape, parts[0][0]
+    same_rows = shape.heads == shape.kv_heads and shape.query_rows == shape.key_rows
+    for plan, out_ in parts:
+        for n, call in enumerate(plan.calls):
+            fresh = plan is first_plan and n < plan.covers_first
+            adopt = fresh and same_rows and plan.covers_first == 1 and query_.is_contiguous()
+            for part in _chunks(call, call.rows if adopt else _limit(problem), kernel.max_problems):
+                grads = kernel.backward(
+                    query_view(grad_out_, part),
+                    query_view(query_, part),
+                    key_view(key_, part),
+                    key_view(value_, part),
+                    query_view(out_, part),
+                    query_view(lse.unsqueeze(-1), part)[..., 0],
+                    part.is_causal,
+                    problem.options.scale,
+                )
+                sums[0] = _add(sums[0], query_, grads[0], part, query_view, fresh)
+                sums[1] = _add(sums[1], key_, grads[1], part, key_view, fresh and same_rows)
+                sums[2] = _add(sums[2], value_, grads[2], part, key_view, fresh and same_rows)
+    dims = ((sums[0], query), (sums[1], key), (sums[2], value))
+    dq, dk, dv = (
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if total is None
+        else total[..., : t.shape[3]].to(t.dtype).contiguous()
+        for total, t in dims
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _add(
+    total: Tensor | None, like: Tensor, grad: Tensor, call: Call, view: Callable[[Tensor, Call], Tensor], fresh: bool
+) -> Tensor:
+    """Add a call's gradient to ``total`` at the call's rows; ``fresh`` rows hold nothing yet."""
+    acc = accumulator_dtype(like.dtype)
+    if total is None:
+        by_row = grad.transpose(1, 2)
+        if fresh and grad.numel() == like.numel() and grad.dtype == acc and by_row.is_contiguous():
+            return by_row.view(like.shape)  # the kernel's own result becomes the accumulator
+        total = (torch.empty_like if fresh else torch.zeros_like)(
+            like, dtype=acc, memory_format=torch.contiguous_format
+        )
+    if view is key_view and call.inner > 1 and call.inner_kv_head == call.inner_row == 0:
+        # Query heads that share these key rows: one view cannot be written through twice.
+        grad, call = grad.sum(1, keepdim=True, dtype=acc), replace(call, inner=1)
+    place = view(total, call)
+    if fresh:
+        place.copy_(grad)
+    else:
+        place.add_(grad)
+    return total

@@ -1,0 +1,227 @@
+"""The public functions: check what was given, say what is wrong with it, hand the rest to the operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .backends.dispatch import check_backend
+from .backends.ops import attention_forward
+from .patterns import DilatedPattern
+from .types import AttentionOutput, HeadOffsets, MixingGrad, Padding
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: int | Tensor = 0,
+    head_offsets: HeadOffsets = "contiguous",
+    padding: Padding = "mask",
+    mixing_grad: MixingGrad = "exact",
+    backend: str = "auto",
+) -> Tensor:
+    """LongNet's dilated attention (arXiv 2307.02486, sections 3.1 to 3.3), as one softmax over all branches.
+
+    Branch i cuts a document into segments of ``segment_lengths[i]`` rows; in each, head h keeps the rows at offset
+    o(h) modulo ``dilation_rates[i]`` and attends among them. Branches are mixed by their softmax denominators
+    (equation 10), which is one softmax over the multiset of all keys that the branches show a row.
+
+    Args:
+        query: (B, N_q, H, D), float64, float32, bfloat16 or float16. With N_q < N the rows are the last N_q rows.
+        key: (B, N, H_kv, D); H must be a multiple of H_kv (grouped-query attention).
+        value: (B, N, H_kv, D_v).
+        segment_lengths: rows per segment of every branch; may exceed N and need not divide it.
+        dilation_rates: one rate per branch, 1 to the segment length.
+        is_causal: a row attends to rows at or before its own (aligned at the last row, unlike SDPA, where N_q < N).
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        dropout_p: probability with which each attended pair of each branch is dropped; drawn from the default
+            generator of the device. The log-sum-exp is that without dropout.
+        key_padding_mask: (B, N) bool, True = ignore this key, as in nn.MultiheadAttention.
+        cu_seqlens: (documents + 1,) int32 or int64, for B = 1: rows cu_seqlens[i] to cu_seqlens[i + 1] are document i;
+            positions and segments start anew in each.
+        key_start: position of key row 0 in its document, an int or (B,) int64: negative under left padding (rows
+            before position 0 take no part and get out 0), positive after older keys were dropped from a cache.
+        head_offsets: "contiguous", o(h) = h // ceil(H / r), as torchscale; or "interleaved", h % r, the paper's.
+        padding: "mask", or "zeros": short segments are filled with keys of zeros that count, as torchscale does and
+            pretrained GigaPath and LongViT weights expect. Nothing when causal.
+        mixing_grad: "exact", or "detached": the mixing weights are constants for the gradient, as torchscale does.
+        backend: "auto", or the name of one (see `available_backends`); `explain` shows what "auto" picks.
+
+    Returns:
+        (B, N_q, H, D_v) in the dtype of the query; 0 for a row without any key.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, or a backend that cannot compute them.
+
+    Under torch.autocast the inputs are cast to its dtype. Differentiable once. Deterministic on the CPU.
+
+    >>> import torch
+    >>> query = key = value = torch.randn(1, 100, 4, 16)
+    >>> dilated_attention(query, key, value, [32, 128], [1, 4], is_causal=True).shape
+    torch.Size([1, 100, 4, 16])
+    """
+    return dilated_attention_with_lse(
+        query,
+        key,
+        value,
+        segment_lengths,
+        dilation_rates,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+        head_offsets=head_offsets,
+        padding=padding,
+        mixing_grad=mixing_grad,
+        backend=backend,
+    ).out
+
+
+def dilated_attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: int | Tensor = 0,
+    head_offsets: HeadOffsets = "contiguous",
+    padding: Padding = "mask",
+    mixing_grad: MixingGrad = "exact",
+    backend: str = "auto",
+) -> AttentionOutput:
+    """`dilated_attention` together with the log-sum-exp that joins it with other partial results.
+
+    Arguments and errors as for `dilated_attention`.
+
+    Returns:
+        AttentionOutput(out (B, N_q, H, D_v), lse (B, H, N_q)): lse is the natural logarithm of the softmax
+        denominator, float32 (float64 for float64 inputs), -inf for a row without any key. Both are differentiable
+        (with ``mixing_grad="detached"`` the lse is not).
+
+    >>> import torch
+    >>> x = torch.zeros(1, 8, 1, 16)
+    >>> dilated_attention_with_lse(x, x, x, [4], [1]).lse.exp().round()  # every row sees the 4 keys of its segment
+    tensor([[[4., 4., 4., 4., 4., 4., 4., 4.]]])
+    """
+    pattern = DilatedPattern(_as_tuple(segment_lengths), _as_tuple(dilation_rates), head_offsets)
+    query, key, value = _autocast(query, key, value)
+    _check_tensors(query, key, value)
+    _check_options(query, scale, dropout_p, padding, mixing_grad)
+    _check_rows(query, key, key_padding_mask, cu_seqlens, key_start)
+    check_backend(backend)
+    if isinstance(key_start, Tensor):
+        key_start, key_starts = 0, key_start
+    else:
+        key_starts = None
+    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+    out, lse = attention_forward(
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, pattern.segment_lengths,
+        pattern.dilation_rates, key_start, is_causal, scale, dropout_p, head_offsets, padding, mixing_grad, backend,
+    )  # fmt: skip
+    return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
+
+
+def _as_tuple(values: Sequence[int]) -> Sequence[int]:
+    return tuple(values) if isinstance(values, list) else values
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does for PyTorch's own attention: casts floating tensors but float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give (batch, rows, heads, head dim)")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; give float64, float32, bfloat16 or float16")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} on {query.device}; "
+                "give all three one dtype and one device"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; every size must be at least 1")
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit; give "
+            "(B, N_q, H, D), (B, N, H_kv, D) and (B, N, H_kv, D_v)"
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"query has {query.shape[2]} heads, key has {key.shape[2]}; the query's must be a multiple of the key's"
+        )
+    if query.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} rows, key has {key.shape[1]}; query rows are the last rows of the key, "
+            "so there can be no more of them"
+        )
+
+
+def _check_options(query: Tensor, scale: float | None, dropout_p: float, padding: str, mixing_grad: str) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}; give a finite number, or None for 1 / sqrt({query.shape[3]})")
+    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
+        raise ValueError(f"dropout_p is {dropout_p!r}; give a probability of at least 0 and below 1")
+    for name, value, allowed in (
+        ("padding", padding, get_args(Padding)),
+        ("mixing_grad", mixing_grad, get_args(MixingGrad)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+
+
+def _check_rows(
+    query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, key_start: int | Tensor
+) -> None:
+    batch, rows = key.shape[:2]
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (batch, rows)):
+        raise ValueError(
+            f"key_padding_mask is {mask.dtype} of shape {tuple(mask.shape)}; give bool of shape ({batch}, {rows}), "
+            "True where a key is to be ignored"
+        )
+    for name, tensor in (("key_padding_mask", mask), ("cu_seqlens", cu_seqlens), ("key_start", key_start)):
+        if isinstance(tensor, Tensor) and name != "key_padding_mask" and tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} has dtype {tensor.dtype}; give int64")
+        if isinstance(tensor, Tensor) and name == "key_padding_mask" and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query is on {query.device}; move it there")
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; give (documents + 1,), at least 2")
+        if batch != 1:
+            raise ValueError(f"cu_seqlens packs documents in one row, and the batch has {batch}; give batch 1")
+        if isinstance(key_start, Tensor) or key_start != 0:
+            raise ValueError("cu_seqlens starts every document at position 0; leave key_start at 0")
+    if isinstance(key_start, Tensor):
+        if tuple(key_start.shape) != (batch,):
+            raise ValueError(f"key_start has shape {tuple(key_start.shape)}; give an int or shape ({batch},)")
+    elif isinstance(key_start, bool) or not isinstance(key_start, (int, torch.SymInt)):
+        raise ValueError(f"key_start is {key_start!r}; give an int or an int64 tensor of shape ({batch},)")
