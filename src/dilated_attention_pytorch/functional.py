@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -126,22 +126,69 @@ def dilated_attention_with_lse(
     >>> dilated_attention_with_lse(x, x, x, [4], [1]).lse.exp().round()  # every row sees the 4 keys of its segment
     tensor([[[4., 4., 4., 4., 4., 4., 4., 4.]]])
     """
+    arguments = checked_arguments(
+        query,
+        key,
+        value,
+        segment_lengths,
+        dilation_rates,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+        head_offsets=head_offsets,
+        padding=padding,
+        mixing_grad=mixing_grad,
+    )
+    check_backend(backend)
+    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+    out, lse = attention_forward(**arguments, seed=seed, backend=backend)
+    return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
+
+
+def checked_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: int | Tensor = 0,
+    head_offsets: HeadOffsets = "contiguous",
+    padding: Padding = "mask",
+    mixing_grad: MixingGrad = "exact",
+) -> dict[str, Any]:
+    """Arguments of the operator from those of the public functions, or the ValueError that says what is wrong."""
     pattern = DilatedPattern(_as_tuple(segment_lengths), _as_tuple(dilation_rates), head_offsets)
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
     _check_options(query, scale, dropout_p, padding, mixing_grad)
     _check_rows(query, key, key_padding_mask, cu_seqlens, key_start)
-    check_backend(backend)
-    if isinstance(key_start, Tensor):
-        key_start, key_starts = 0, key_start
-    else:
-        key_starts = None
-    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    out, lse = attention_forward(
-        query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, pattern.segment_lengths,
-        pattern.dilation_rates, key_start, is_causal, scale, dropout_p, head_offsets, padding, mixing_grad, backend,
-    )  # fmt: skip
-    return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
+    per_row = isinstance(key_start, Tensor)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_padding_mask": key_padding_mask,
+        "cu_seqlens": cu_seqlens,
+        "key_starts": key_start if per_row else None,
+        "segment_lengths": pattern.segment_lengths,
+        "dilation_rates": pattern.dilation_rates,
+        "key_start": 0 if per_row else key_start,
+        "is_causal": is_causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "head_offsets": head_offsets,
+        "padding": padding,
+        "mixing_grad": mixing_grad,
+    }
 
 
 def _as_tuple(values: Sequence[int]) -> Sequence[int]:
@@ -151,7 +198,7 @@ def _as_tuple(values: Sequence[int]) -> Sequence[int]:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does for PyTorch's own attention: casts floating tensors but float64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -208,11 +255,11 @@ def _check_rows(
             f"key_padding_mask is {mask.dtype} of shape {tuple(mask.shape)}; give bool of shape ({batch}, {rows}), "
             "True where a key is to be ignored"
         )
-    for name, tensor in (("key_padding_mask", mask), ("cu_seqlens", cu_seqlens), ("key_start", key_start)):
-        if isinstance(tensor, Tensor) and name != "key_padding_mask" and tensor.dtype not in (torch.int32, torch.int64):
+    if mask is not None and mask.device != query.device and query.device.type != "meta":
+        raise ValueError(f"key_padding_mask is on {mask.device}, query is on {query.device}; move it there")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("key_start", key_start)):
+        if isinstance(tensor, Tensor) and tensor.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} has dtype {tensor.dtype}; give int64")
-        if isinstance(tensor, Tensor) and name == "key_padding_mask" and tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query is on {query.device}; move it there")
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; give (documents + 1,), at least 2")

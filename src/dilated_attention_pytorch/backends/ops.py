@@ -34,8 +34,9 @@ def make_problem(
     head_offsets: str,
     padding: str,
     mixing_grad: str,
+    device: str | None = None,
 ) -> Problem:
-    """Read what the tensors say (shapes, strides, where documents lie) into a Problem."""
+    """Read what the tensors say (shapes, strides, where documents lie) into a Problem, on ``device`` or theirs."""
     shape = Shape(
         query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     )
@@ -59,7 +60,7 @@ def make_problem(
         options,
         documents,
         query.dtype,
-        str(query.device),
+        device or str(query.device),
         has_mask=key_padding_mask is not None,
         fold=all(map(foldable, (query, key, value))),
     )

@@ -53,6 +53,39 @@ def unsupported(problem: Problem) -> str | None:
     return kernel if isinstance(kernel, str) else None
 
 
+def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
+    """Predicted bytes allocated beyond the inputs at the peak, the result included."""
+    shape, size, acc = problem.shape, problem.dtype.itemsize, accumulator_dtype(problem.dtype).itemsize
+    kernel = kernel_for(problem)
+    assert isinstance(kernel, Kernel), kernel
+    width = _round_up(kernel, _width(problem, grad_lse=False))
+    rows, keys = shape.batch * shape.query_rows * shape.heads, shape.batch * shape.key_rows * shape.kv_heads
+    copies = problem.has_mask * 2 * keys * width * size  # one more of each while a masked tensor is padded
+    if problem.has_mask or width != shape.head_dim:
+        copies += (rows + keys) * width * size
+    if problem.has_mask or width != shape.value_dim:
+        copies += keys * width * size
+    covering, limit = problem.plan.covers_first, _limit(problem)
+    part = {"query": 0, "key": 0}
+    for n, call in enumerate(problem.plan.calls):
+        if n < covering == 1 and size == acc:
+            continue  # its result is the accumulator
+        for chunk in _chunks(call, limit, kernel.max_problems):
+            part["query"] = max(part["query"], chunk.rows)
+            part["key"] = max(part["key"], chunk.outer * chunk.inner * chunk.key_len)
+    converted = acc if size != acc else 0
+    if not backward:
+        own = rows * (width + 1) * acc
+        step = part["query"] * (width * (size + converted) + 4 * acc)
+        cast = rows * shape.value_dim * size if converted or width != shape.value_dim else 0
+        return copies + own + max(step, cast)
+    copies += 2 * rows * width * size if width != shape.value_dim else 0
+    own = (rows + 2 * keys) * width * acc
+    step = (part["query"] + 2 * part["key"]) * width * size
+    cast = (rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim)) * size if converted else 0
+    return copies + own + max(step, cast)
+
+
 def _chunks(call: Call, limit: int, most: int) -> Iterator[Call]:
     """Cut a call so that a partial result holds at most ``limit`` rows and no axis more than ``most`` problems."""
     inner = max(1, min(call.inner, most, limit // call.query_len))

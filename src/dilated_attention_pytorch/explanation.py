@@ -1,0 +1,185 @@
+"""What a call will do, before it is done: the backend and why, the fused calls, work, memory, coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import sdpa
+from .backends.dispatch import choose
+from .backends.ops import make_problem
+from .backends.problem import Problem
+from .backends.vendor import Kernel
+from .functional import checked_arguments
+from .merge import accumulator_dtype
+from .types import Call
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. Bytes are bytes, operations are floating-point operations; ``str()`` is readable."""
+
+    backend: str
+    kernel: str
+    """The fused kernel under the backend."""
+    skipped: tuple[tuple[str, str], ...]
+    """(backend, reason) for each backend that "auto" passed over."""
+    calls: tuple[Call, ...]
+    """The fused calls, branch by branch (empty for backends that need none)."""
+    pairs: int
+    """Attended (query, key) pairs over all branches, heads and batch rows."""
+    dense_pairs: int
+    """Pairs of dense attention on the same shape."""
+    flops_forward: int
+    flops_backward: int
+    bytes_forward: int
+    """Bytes read and written by the forward pass, caches disregarded."""
+    bytes_backward: int
+    peak_bytes_forward: int
+    """Predicted bytes allocated beyond the inputs at the peak of the forward pass, the result included."""
+    peak_bytes_backward: int
+    """The same for the backward pass, gradients included, saved tensors and incoming gradients not."""
+    rows: int
+    """(batch, query row, head) triples."""
+    rows_without_branch: int
+    """Those that no branch keeps: their out is 0 and their lse -inf."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings and lists, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts: dict[tuple[int, int], int] = {}
+        for call in self.calls:
+            counts[call.branch, call.dilation_rate] = counts.get((call.branch, call.dilation_rate), 0) + 1
+        lines = [f"backend  {self.backend} ({self.kernel})"]
+        lines += [f"         not {name}: {reason}" for name, reason in self.skipped]
+        if counts:
+            each = ", ".join(f"{n} for branch {b} (rate {r})" for (b, r), n in sorted(counts.items()))
+            lines.append(f"calls    {len(self.calls)}: {each}")
+        lines += [
+            f"pairs    {self.pairs:,}, {self.pairs / self.dense_pairs:.2%} of dense attention",
+            f"work     forward {self.flops_forward / 1e9:,.3f} GFLOP, backward {self.flops_backward / 1e9:,.3f} GFLOP",
+            f"moved    forward {_mib(self.bytes_forward)}, backward {_mib(self.bytes_backward)}",
+            f"peak     forward {_mib(self.peak_bytes_forward)}, backward {_mib(self.peak_bytes_backward)} (predicted)",
+            f"coverage {self.rows - self.rows_without_branch:,} of {self.rows:,} (row, head) pairs have a branch",
+        ]
+        return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def explain(
+    query: Tensor | Sequence[int],
+    key: Tensor | Sequence[int],
+    value: Tensor | Sequence[int],
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    **options: Any,
+) -> Explanation:
+    """Say what `dilated_attention` would do with these shapes and options, without doing it.
+
+    Args:
+        query, key, value: tensors, or shapes (B, N_q, H, D), (B, N, H_kv, D), (B, N, H_kv, D_v) for contiguous
+            tensors of ``dtype`` on ``device`` (default "cpu").
+        segment_lengths, dilation_rates, backend: as for `dilated_attention`.
+        device, dtype: what to assume where shapes are given; tensors bring their own.
+        **options: every other option of `dilated_attention`.
+
+    Returns:
+        An `Explanation`; print it.
+
+    Raises:
+        ValueError: whatever `dilated_attention` would raise for the same arguments.
+
+    >>> shape = (1, 4096, 8, 64)
+    >>> plan = explain(shape, shape, shape, [1024, 4096], [1, 4], is_causal=True)
+    >>> plan.backend, len(plan.calls), plan.rows_without_branch
+    ('sdpa', 3, 0)
+    """
+    tensors = [
+        t if isinstance(t, Tensor) else torch.empty(tuple(t), dtype=dtype, device="meta") for t in (query, key, value)
+    ]
+    problem = describe(*tensors, segment_lengths, dilation_rates, device=device, **options)
+    choice = choose(backend, problem)
+    shape, plan = problem.shape, problem.plan
+    kernel = sdpa.kernel_for(problem) if choice.name == "sdpa" else "PyTorch operations, block by block"
+    last, first = shape.key_rows, shape.key_rows - shape.query_rows
+    causal_pairs = (last * (last + 1) - first * (first + 1)) // 2
+    dense = causal_pairs if problem.options.is_causal else shape.query_rows * shape.key_rows
+    forward, backward = _bytes_moved(problem)
+    return Explanation(
+        backend=choice.name,
+        kernel=kernel.name if isinstance(kernel, Kernel) else kernel,
+        skipped=choice.skipped,
+        calls=plan.calls if choice.name == "sdpa" else (),
+        pairs=plan.pairs,
+        dense_pairs=dense * shape.batch * shape.heads,
+        flops_forward=2 * plan.pairs * (shape.head_dim + shape.value_dim),
+        flops_backward=2 * plan.pairs * (3 * shape.head_dim + 2 * shape.value_dim),
+        bytes_forward=forward,
+        bytes_backward=backward,
+        peak_bytes_forward=choice.backend.peak_bytes(problem),
+        peak_bytes_backward=choice.backend.peak_bytes(problem, backward=True),
+        rows=shape.batch * shape.query_rows * shape.heads,
+        rows_without_branch=_rows_without_branch(problem),
+    )
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Problem:
+    """The Problem behind arguments of `dilated_attention`; meta tensors stand for tensors on ``device``."""
+    arguments = checked_arguments(query, key, value, segment_lengths, dilation_rates, **options)
+    if device is None:
+        device = "cpu" if query.device.type == "meta" else query.device
+    return make_problem(**arguments, device=str(torch.device(device)))
+
+
+def _bytes_moved(problem: Problem) -> tuple[int, int]:
+    """Bytes of the forward and the backward pass: inputs and results of every call, and the joins."""
+    shape, size, acc = problem.shape, problem.dtype.itemsize, accumulator_dtype(problem.dtype).itemsize
+    forward = backward = 0
+    for n, call in enumerate(problem.plan.calls):
+        queries, keys = call.rows, call.outer * call.inner * call.key_len
+        joins = 1 if n < problem.plan.covers_first else 2  # a join reads and writes what a first result only writes
+        inputs = queries * shape.head_dim + keys * (shape.head_dim + shape.value_dim)
+        forward += size * (inputs + 2 * queries * shape.value_dim) + joins * acc * queries * (shape.value_dim + 1)
+        backward += size * (2 * inputs + inputs + 2 * queries * shape.value_dim) + joins * acc * inputs
+    return forward, backward
+
+
+def _rows_without_branch(problem: Problem) -> int:
+    """(batch, query row, head) triples that no branch of the pattern keeps."""
+    shape, pattern = problem.shape, problem.pattern
+    covered = 0
+    for document in problem.documents:
+        first = max(document.row, shape.key_rows - shape.query_rows)
+        rows = max(0, document.row + document.rows - first)
+        if 1 in pattern.dilation_rates:
+            covered += document.batches * rows * shape.heads
+            continue
+        position = torch.arange(rows) + (document.position + first - document.row)
+        for head in range(shape.heads):
+            active = torch.zeros(rows, dtype=torch.bool)
+            for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True):
+                active |= position % w % r == pattern.head_offset(head, r, shape.heads)
+            covered += document.batches * int(active.sum())
+    return shape.batch * shape.query_rows * shape.heads - covered
