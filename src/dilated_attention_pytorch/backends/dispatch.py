@@ -15,7 +15,7 @@ from .problem import Problem
 class Backend(Protocol):
     """What a backend module provides."""
 
-    def unsupported(self, problem: Problem) -> str | None: ...  # noqa: D102
+    def unsupported(self, problem: Problem, *, grad_lse: bool = False) -> str | None: ...  # noqa: D102
 
     def peak_bytes(self, problem: Problem, *, backward: bool = False) -> int: ...  # noqa: D102
 
@@ -69,21 +69,23 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
 
 
-def choose(name: str, problem: Problem) -> Choice:
+def choose(name: str, problem: Problem, *, grad_lse: bool = False) -> Choice:
     """The backend for ``name``: itself, or with "auto" the first one that supports the problem.
+
+    ``grad_lse`` asks for a backward pass with a gradient of the lse.
 
     Raises:
         ValueError: an unknown name, or a backend asked for by name that cannot compute the problem.
     """
     check_backend(name)
     if name != "auto":
-        reason = BACKENDS[name].unsupported(problem)
+        reason = BACKENDS[name].unsupported(problem, grad_lse=grad_lse)
         if reason:
             raise ValueError(f"backend {name!r} cannot compute this: {reason}; use backend='auto' or 'reference'")
         return Choice(name, ())
     skipped = []
     for candidate, backend in BACKENDS.items():
-        reason = backend.unsupported(problem)
+        reason = backend.unsupported(problem, grad_lse=grad_lse)
         if reason is None:
             return Choice(candidate, tuple(skipped))
         skipped.append((candidate, reason))

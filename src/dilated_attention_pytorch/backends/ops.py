@@ -136,7 +136,7 @@ def attention_backward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, segment_lengths, dilation_rates, key_start,
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
     )  # fmt: skip
-    chosen = choose(backend, problem).backend
+    chosen = choose(backend, problem, grad_lse=grad_lse is not None).backend
     with torch.autocast(query.device.type, enabled=False):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,

@@ -43,13 +43,13 @@ def kernel_for(problem: Problem, *, grad_lse: bool = False) -> Kernel | str:
     return find_kernel(problem.device, problem.dtype, _width(problem, grad_lse=grad_lse))
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why this backend cannot compute the problem, or None."""
+def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
+    """Why this backend cannot compute the problem (or its backward with a gradient of the lse), or None."""
     if problem.options.dropout_p:
         return "the vendor kernels draw dropout masks of their own, which no other backend can reproduce"
     if problem.has_mask and problem.options.scale < (1e-3 if problem.dtype == torch.float16 else 1e-20):
         return f"a key_padding_mask is carried by a column of the scores, which scale={problem.options.scale} drowns"
-    kernel = kernel_for(problem)
+    kernel = kernel_for(problem, grad_lse=grad_lse)
     return kernel if isinstance(kernel, str) else None
 
 
@@ -65,25 +65,23 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
         copies += (rows + keys) * width * size
     if problem.has_mask or width != shape.value_dim:
         copies += keys * width * size
-    covering, limit = problem.plan.covers_first, _limit(problem)
-    part = {"query": 0, "key": 0}
+    parts = joined = keyed = 0  # most rows of a first result, of one that is joined, and most key rows
     for n, call in enumerate(problem.plan.calls):
-        if n < covering == 1 and size == acc:
+        if n < problem.plan.covers_first == 1 and size == acc:
             continue  # its result is the accumulator
-        for chunk in _chunks(call, limit, kernel.max_problems):
-            part["query"] = max(part["query"], chunk.rows)
-            part["key"] = max(part["key"], chunk.outer * chunk.inner * chunk.key_len)
-    converted = acc if size != acc else 0
+        for chunk in _chunks(call, _limit(problem), kernel.max_problems):
+            parts = max(parts, chunk.rows)
+            joined = max(joined, chunk.rows if n >= problem.plan.covers_first else 0)
+            keyed = max(keyed, chunk.outer * chunk.inner * chunk.key_len)
     if not backward:
         own = rows * (width + 1) * acc
-        step = part["query"] * (width * (size + converted) + 4 * acc)
-        cast = rows * shape.value_dim * size if converted or width != shape.value_dim else 0
-        return copies + own + max(step, cast)
+        join = joined * (width * (size + (acc if size != acc else 0)) + 4 * acc)
+        cast = rows * shape.value_dim * size if size != acc or width != shape.value_dim else 0
+        return copies + own + max(parts * (width * size + acc), join, cast)
     copies += 2 * rows * width * size if width != shape.value_dim else 0
     own = (rows + 2 * keys) * width * acc
-    step = (part["query"] + 2 * part["key"]) * width * size
-    cast = (rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim)) * size if converted else 0
-    return copies + own + max(step, cast)
+    cast = (rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim)) * size if size != acc else 0
+    return copies + own + max((parts + 2 * keyed) * width * size, cast)
 
 
 def _chunks(call: Call, limit: int, most: int) -> Iterator[Call]:
@@ -180,10 +178,10 @@ def _run(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Pro
                 part_out = part_out.to(acc)
                 add_zero_keys_(part_out, part_lse, part.zero_keys)
             if fresh and out is None:
-                by_row = part_out.transpose(1, 2)
-                if part.rows == rows.numel() and part_out.dtype == acc and by_row.is_contiguous():
-                    out = by_row.view(query.shape)
+                out = _adopted(part_out, query, acc)
+                if out is not None:
                     query_view(lse.unsqueeze(-1), part)[..., 0].copy_(part_lse)
+                    del part_out, part_lse
                     continue
                 out = query.new_empty(query.shape, dtype=acc)
             assert out is not None
@@ -193,8 +191,16 @@ def _run(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Pro
                 lse_view.copy_(part_lse)
             else:
                 merge_(out_view, lse_view, part_out, part_lse)
+            del part_out, part_lse  # before the next call allocates its own
     assert out is not None  # calls that cover every row made it
     return out, lse
+
+
+def _adopted(result: Tensor, like: Tensor, acc: torch.dtype) -> Tensor | None:
+    """A kernel's (outer, inner, rows, D) result as a whole (B, N, heads, D) accumulator, if it lies like one."""
+    by_row = result.transpose(1, 2)
+    whole = result.numel() == like.numel() and result.dtype == acc and by_row.is_contiguous()
+    return by_row.view(like.shape) if whole else None
 
 
 def backward(
@@ -257,6 +263,7 @@ def backward(
                 sums[0] = _add(sums[0], query_, grads[0], part, query_view, fresh)
                 sums[1] = _add(sums[1], key_, grads[1], part, key_view, fresh and same_rows)
                 sums[2] = _add(sums[2], value_, grads[2], part, key_view, fresh and same_rows)
+                del grads  # before the next call allocates its own
     dims = ((sums[0], query), (sums[1], key), (sums[2], value))
     dq, dk, dv = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) if total is None
@@ -272,9 +279,9 @@ def _add(
     """Add a call's gradient to ``total`` at the call's rows; ``fresh`` rows hold nothing yet."""
     acc = accumulator_dtype(like.dtype)
     if total is None:
-        by_row = grad.transpose(1, 2)
-        if fresh and grad.numel() == like.numel() and grad.dtype == acc and by_row.is_contiguous():
-            return by_row.view(like.shape)  # the kernel's own result becomes the accumulator
+        adopted = _adopted(grad, like, acc) if fresh else None
+        if adopted is not None:
+            return adopted
         total = (torch.empty_like if fresh else torch.zeros_like)(
             like, dtype=acc, memory_format=torch.contiguous_format
         )
