@@ -72,7 +72,8 @@ def peak_cpu_bytes(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = function()
     live = peak = 0
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()

@@ -1,6 +1,6 @@
 """The CPU: dilated attention against the same fused calls on contiguous tensors, and against dense attention.
 
-    python benchmarks/cpu.py [--repeats 7] [--output benchmarks/results/cpu.json]
+python benchmarks/cpu.py [--repeats 7] [--output benchmarks/results/cpu.json]
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import ROOT, cpu_medians, median_ratio, peak_cpu_bytes, save
 
+from common import ROOT, cpu_medians, median_ratio, peak_cpu_bytes, save
 from dilated_attention_pytorch import dilated_attention_with_lse, explain
 from dilated_attention_pytorch.backends.vendor import find_kernel
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, save
 from triton.testing import do_bench
 
+from common import ROOT, save
 from dilated_attention_pytorch import dilated_attention, explain
 from dilated_attention_pytorch.backends.vendor import find_kernel
 
@@ -60,9 +60,7 @@ def measure(row: dict[str, Any], repeat_ms: int) -> dict[str, Any]:
     """One row: times, rates, ratios to dense, peak memory."""
     segments, rates = row["pattern"]
     n, d, causal = row["n"], row["d"], row["causal"]
-    q, k, v = (
-        torch.randn(1, n, H, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
-    )
+    q, k, v = (torch.randn(1, n, H, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     grad = torch.randn_like(q)
     plan = explain(q, k, v, segments, rates, is_causal=causal)
     dense = dense_rates(d, causal, repeat_ms)

@@ -107,10 +107,10 @@ def explain(
     >>> plan.backend, len(plan.calls), plan.rows_without_branch
     ('sdpa', 3, 0)
     """
-    tensors = [
+    q, k, v = (
         t if isinstance(t, Tensor) else torch.empty(tuple(t), dtype=dtype, device="meta") for t in (query, key, value)
-    ]
-    problem = describe(*tensors, segment_lengths, dilation_rates, device=device, **options)
+    )
+    problem = describe(q, k, v, segment_lengths, dilation_rates, device=device, **options)
     choice = choose(backend, problem)
     shape, plan = problem.shape, problem.plan
     kernel = sdpa.kernel_for(problem) if choice.name == "sdpa" else "PyTorch operations, block by block"

@@ -166,7 +166,7 @@ def checked_arguments(
     mixing_grad: MixingGrad = "exact",
 ) -> dict[str, Any]:
     """Arguments of the operator from those of the public functions, or the ValueError that says what is wrong."""
-    pattern = DilatedPattern(_as_tuple(segment_lengths), _as_tuple(dilation_rates), head_offsets)
+    pattern = DilatedPattern(segment_lengths, dilation_rates, head_offsets)  # type: ignore[arg-type]  # makes tuples
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
     _check_options(query, scale, dropout_p, padding, mixing_grad)
@@ -189,10 +189,6 @@ def checked_arguments(
         "padding": padding,
         "mixing_grad": mixing_grad,
     }
-
-
-def _as_tuple(values: Sequence[int]) -> Sequence[int]:
-    return tuple(values) if isinstance(values, list) else values
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

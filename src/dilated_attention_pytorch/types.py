@@ -6,6 +6,7 @@ Shape letters: B batch, N rows (Nq of the query, Nk of the key), H query heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -114,19 +115,19 @@ class Call:
         return self.outer * self.inner * (n * (n + 1) // 2 if self.is_causal else n * m)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """The fused calls that compute a pattern on one shape, branch by branch."""
 
     shape: Shape
     calls: tuple[Call, ...]
 
-    @property
+    @cached_property
     def pairs(self) -> int:
         """Attended (query, key) pairs of all calls: the useful work."""
         return sum(call.pairs for call in self.calls)
 
-    @property
+    @cached_property
     def covers_first(self) -> int:
         """How many leading calls touch every (batch, row, head) exactly once: 0, or those of a rate-1 branch."""
         shape, covered = self.shape, 0

@@ -95,9 +95,9 @@ def verify(
         torch.manual_seed(seed)
         dropout_seed = int(torch.randint(2**62, (1,), device=q.device)) if problem.options.dropout_p else None
         torch.manual_seed(seed)
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
         out, lse = dilated_attention_with_lse(
-            *leaves, segment_lengths, dilation_rates, backend=choice.name, **options
+            leaves[0], leaves[1], leaves[2], segment_lengths, dilation_rates, backend=choice.name, **options
         )
     grad_out = draw(out.shape, out)
     grad_lse = draw(lse.shape, lse).masked_fill(lse == -torch.inf, 0) if lse.requires_grad else None
@@ -105,11 +105,13 @@ def verify(
     actual = [out.detach(), lse.detach(), *torch.autograd.grad(outputs, leaves, grads)]
 
     def oracle(dtype: torch.dtype, products: torch.dtype | None) -> list[Tensor]:
-        tensors = [t.detach().to(dtype) for t in (q, k, v)]
-        shared = {"mask": options.get("key_padding_mask"), "seed": dropout_seed, "matmul_dtype": products}
-        result, result_lse = reference.forward(*tensors, problem, **shared)
-        into_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
-        gradients = reference.backward(grad_out.to(dtype), into_lse, *tensors, result, result_lse, problem, **shared)
+        a, b, c = (t.detach().to(dtype) for t in (q, k, v))
+        mask, into_lse = options.get("key_padding_mask"), None if grad_lse is None else grad_lse.transpose(1, 2)
+        result, result_lse = reference.forward(a, b, c, problem, mask=mask, seed=dropout_seed, matmul_dtype=products)
+        gradients = reference.backward(
+            grad_out.to(dtype), into_lse, a, b, c, result, result_lse, problem,
+            mask=mask, seed=dropout_seed, matmul_dtype=products,
+        )  # fmt: skip
         return [result, result_lse.transpose(1, 2), *gradients]
 
     gold, eager = oracle(torch.float64, None), oracle(q.dtype, q.dtype)

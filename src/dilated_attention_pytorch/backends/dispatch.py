@@ -15,11 +15,11 @@ from .problem import Problem
 class Backend(Protocol):
     """What a backend module provides."""
 
-    def unsupported(self, problem: Problem, *, grad_lse: bool = False) -> str | None: ...  # noqa: D102
+    def unsupported(self, problem: Problem, *, grad_lse: bool = False) -> str | None: ...
 
-    def peak_bytes(self, problem: Problem, *, backward: bool = False) -> int: ...  # noqa: D102
+    def peak_bytes(self, problem: Problem, *, backward: bool = False) -> int: ...
 
-    def forward(  # noqa: D102
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -30,7 +30,7 @@ class Backend(Protocol):
         seed: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
-    def backward(  # noqa: D102
+    def backward(
         self,
         grad_out: Tensor,
         grad_lse: Tensor | None,
@@ -83,7 +83,7 @@ def choose(name: str, problem: Problem, *, grad_lse: bool = False) -> Choice:
         if reason:
             raise ValueError(f"backend {name!r} cannot compute this: {reason}; use backend='auto' or 'reference'")
         return Choice(name, ())
-    skipped = []
+    skipped: list[tuple[str, str]] = []
     for candidate, backend in BACKENDS.items():
         reason = backend.unsupported(problem, grad_lse=grad_lse)
         if reason is None:

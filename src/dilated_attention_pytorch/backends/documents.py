@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -19,12 +20,10 @@ def _document(batch: int, batches: int, rows: int, start: int, masked: int = 0) 
 
 @lru_cache(maxsize=64)
 def _packed(bounds: tuple[int, ...], rows: int) -> tuple[Document, ...]:
-    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in pairwise(bounds)):
         shown = list(bounds) if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-2:]]
         raise ValueError(f"cu_seqlens is {shown}; it must start at 0, never decrease, and end at the {rows} key rows")
-    return tuple(
-        Document(0, 1, a, b - a, 0, b - a) for a, b in zip(bounds, bounds[1:], strict=False) if b > a
-    )
+    return tuple(Document(0, 1, a, b - a, 0, b - a) for a, b in pairwise(bounds) if b > a)
 
 
 def read_documents(

@@ -38,7 +38,13 @@ def make_problem(
 ) -> Problem:
     """Read what the tensors say (shapes, strides, where documents lie) into a Problem, on ``device`` or theirs."""
     shape = Shape(
-        query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+        query.shape[0],
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        value.shape[3],
     )
     documents = read_documents(
         shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -11,7 +12,7 @@ from ..patterns.plan import branch_only, plan
 from ..types import Document, Options, Plan, Shape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """Pattern, sizes, options and where documents lie; hashable, so that plans and choices are cached by it."""
 
@@ -25,7 +26,7 @@ class Problem:
     fold: bool = True
     """Whether batch and rows are one affine axis of every tensor."""
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         """The fused calls of this problem (cached)."""
         options = self.options

@@ -110,7 +110,15 @@ def _blocks(
                         )  # fmt: skip
                     kv_heads = heads * shape.kv_heads // shape.heads
                     yield _Block(
-                        index, batch, heads, kv_heads, query_rows - first_query, key_rows, allowed, zero_keys, keep
+                        index,
+                        batch,
+                        heads,
+                        kv_heads,
+                        query_rows - first_query,
+                        key_rows,
+                        allowed,
+                        zero_keys,
+                        keep,
                     )
 
 
@@ -201,7 +209,10 @@ def backward(
     if problem.options.mixing_grad == "detached":
         # Each branch is differentiated with its own output; the weights exp(branch lse - lse) are constants.
         parts = [
-            ([i], forward(query, key, value, problem, mask=mask, seed=seed, matmul_dtype=work, branches=[i])[0])
+            (
+                [i],
+                forward(query, key, value, problem, mask=mask, seed=seed, matmul_dtype=work, branches=[i])[0],
+            )
             for i in everything
         ]
     key, value = _without_masked(mask, key, value)
@@ -242,7 +253,11 @@ def _backward_block(
         dp, dropped = dp * factor, p * factor
     ds = (p * (dp - row_delta) * problem.options.scale).to(work)
     shares = (ds @ k, ds.transpose(-1, -2) @ q, dropped.to(work).transpose(-1, -2) @ do)
-    places = ((block.query_rows, block.heads), (block.key_rows, block.kv_heads), (block.key_rows, block.kv_heads))
+    places = (
+        (block.query_rows, block.heads),
+        (block.key_rows, block.kv_heads),
+        (block.key_rows, block.kv_heads),
+    )
     entries = torch.arange(query.shape[0], device=query.device)[block.batch]
     for total, share, (rows, heads) in zip(sums, shares, places, strict=True):
         # Query heads that share a key head add to the same place: accumulate, deterministically.

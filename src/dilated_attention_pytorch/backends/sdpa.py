@@ -155,7 +155,9 @@ def forward(
     return out[..., : value.shape[3]].to(query.dtype).contiguous(), lse
 
 
-def _run(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+def _run(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Problem, plan: Plan
+) -> tuple[Tensor, Tensor]:
     """All calls of a plan, joined in the accumulators' dtype."""
     acc = accumulator_dtype(query.dtype)
     rows, limit = query.shape[:3], _limit(problem)
@@ -170,7 +172,11 @@ def _run(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Pro
         adopt = fresh and plan.covers_first == 1 and query.dtype == acc and query.is_contiguous()
         for part in _chunks(call, call.rows if adopt else limit, kernel.max_problems):
             part_out, part_lse = kernel.forward(
-                query_view(query, part), key_view(key, part), key_view(value, part), part.is_causal, problem.options.scale
+                query_view(query, part),
+                key_view(key, part),
+                key_view(value, part),
+                part.is_causal,
+                problem.options.scale,
             )
             if problem.has_mask:
                 part_lse = part_lse.masked_fill(part_lse < drowned, -torch.inf)
@@ -240,16 +246,16 @@ def backward(
         # Each branch is differentiated with its own output; the weights exp(branch lse - lse) are constants.
         parts = []
         for index in range(len(problem.pattern.branches)):
-            part = problem.branch(index).plan
-            parts.append((part, _run(kernel, query_, key_, value_, problem, part)[0].to(query.dtype)))
+            alone = problem.branch(index).plan
+            parts.append((alone, _run(kernel, query_, key_, value_, problem, alone)[0].to(query.dtype)))
     sums: list[Tensor | None] = [None, None, None]
     shape, first_plan = problem.shape, parts[0][0]
     same_rows = shape.heads == shape.kv_heads and shape.query_rows == shape.key_rows
     for plan, out_ in parts:
-        for n, call in enumerate(plan.calls):
+        for n, whole in enumerate(plan.calls):
             fresh = plan is first_plan and n < plan.covers_first
             adopt = fresh and same_rows and plan.covers_first == 1 and query_.is_contiguous()
-            for part in _chunks(call, call.rows if adopt else _limit(problem), kernel.max_problems):
+            for part in _chunks(whole, whole.rows if adopt else _limit(problem), kernel.max_problems):
                 grads = kernel.backward(
                     query_view(grad_out_, part),
                     query_view(query_, part),
@@ -274,7 +280,12 @@ def backward(
 
 
 def _add(
-    total: Tensor | None, like: Tensor, grad: Tensor, call: Call, view: Callable[[Tensor, Call], Tensor], fresh: bool
+    total: Tensor | None,
+    like: Tensor,
+    grad: Tensor,
+    call: Call,
+    view: Callable[[Tensor, Call], Tensor],
+    fresh: bool,
 ) -> Tensor:
     """Add a call's gradient to ``total`` at the call's rows; ``fresh`` rows hold nothing yet."""
     acc = accumulator_dtype(like.dtype)

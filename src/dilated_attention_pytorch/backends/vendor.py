@@ -16,9 +16,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]
-]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,22 @@ def _cudnn_backward(
     philox = torch.zeros((), dtype=torch.int64, device=q.device)  # unused without dropout, but read from the GPU
     lse = lse.contiguous().unsqueeze(-1)
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, out, lse, philox, philox, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
+        do,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        philox,
+        philox,
+        None,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        scale=scale,
     )
     return dq, dk, dv
 
@@ -84,7 +97,21 @@ def _flash_backward(
     philox = torch.zeros((2,), dtype=torch.uint64, device=q.device)
     unused = torch.zeros((), dtype=torch.uint64, device=q.device)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, philox, unused, scale=scale
+        do,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        philox,
+        unused,
+        scale=scale,
     )
     return dq, dk, dv
 
@@ -113,7 +140,15 @@ _ANY = 1 << 30
 
 KERNELS = (
     Kernel(
-        "cpu_flash", "cpu", (torch.float64, torch.float32, *_HALF), 1, _ANY, (0, 0), _ANY, _cpu_forward, _cpu_backward
+        "cpu_flash",
+        "cpu",
+        (torch.float64, torch.float32, *_HALF),
+        1,
+        _ANY,
+        (0, 0),
+        _ANY,
+        _cpu_forward,
+        _cpu_backward,
     ),
     Kernel("cudnn", "cuda", _HALF, 8, 128, (9, 0), 65535, _cudnn_forward, _cudnn_backward),
     Kernel("flash", "cuda", _HALF, 8, 256, (8, 0), 65535, _flash_forward, _flash_backward),

@@ -22,9 +22,7 @@ def call_view(tensor: Tensor, call: Call, *, rows: int, row: int, head: int, inn
 
 def query_view(tensor: Tensor, call: Call) -> Tensor:
     """The query rows of a call, of a tensor (B, Nq, H, D): query, out, their gradients, lse with D = 1."""
-    return call_view(
-        tensor, call, rows=call.query_len, row=call.query_row, head=call.head, inner_head=call.inner_head
-    )
+    return call_view(tensor, call, rows=call.query_len, row=call.query_row, head=call.head, inner_head=call.inner_head)
 
 
 def key_view(tensor: Tensor, call: Call) -> Tensor:

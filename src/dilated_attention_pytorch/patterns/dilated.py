@@ -48,9 +48,7 @@ class DilatedPattern:
         if len(lengths) != len(rates):
             few, many = sorted((("segment_lengths", len(lengths)), ("dilation_rates", len(rates))), key=lambda x: x[1])
             noun = "entry" if few[1] == 1 else "entries"
-            raise ValueError(
-                f"{few[0]} has {few[1]} {noun}, {many[0]} has {many[1]}; give one rate a segment length"
-            )
+            raise ValueError(f"{few[0]} has {few[1]} {noun}, {many[0]} has {many[1]}; give one rate a segment length")
         for w, r in zip(lengths, rates, strict=True):
             if r > w:
                 raise ValueError(
@@ -107,7 +105,12 @@ head_offsets='contiguous')
         >>> DilatedPattern.geometric(4096, rule="gigapath").segment_lengths
         (1024, 1448, 2048, 2896, 4096)
         """
-        sizes = {"seq_len": seq_len, "first_segment": first_segment, "num_branches": num_branches, "max_rate": max_rate}
+        sizes = {
+            "seq_len": seq_len,
+            "first_segment": first_segment,
+            "num_branches": num_branches,
+            "max_rate": max_rate,
+        }
         for name, value in sizes.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; give an integer of at least 1")

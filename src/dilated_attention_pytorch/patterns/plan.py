@@ -33,7 +33,7 @@ class _Run(NamedTuple):
 
     first: _Item
     step: tuple[int, int, int]
-    count: int
+    length: int
 
 
 def segment_groups(segment_length: int, marks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -62,16 +62,16 @@ def affine_runs(items: list[_Item]) -> list[_Run]:
     runs: list[_Run] = []
     for item in items:
         if runs:
-            first, step, count = runs[-1]
+            first, step, length = runs[-1]
             last_head, last_kv, last_row = (
-                first.head + step[0] * (count - 1),
-                first.kv_head + step[1] * (count - 1),
-                first.key_row + step[2] * (count - 1),
+                first.head + step[0] * (length - 1),
+                first.kv_head + step[1] * (length - 1),
+                first.key_row + step[2] * (length - 1),
             )
             delta = (item.head - last_head, item.kv_head - last_kv, item.key_row - last_row)
             # query_row - key_row is one constant for the whole plan, so equal key steps are equal query steps.
-            if first[4:] == item[4:] and min(delta) >= 0 and (count == 1 or delta == step):
-                runs[-1] = _Run(first, delta, count + 1)
+            if first[4:] == item[4:] and min(delta) >= 0 and (length == 1 or delta == step):
+                runs[-1] = _Run(first, delta, length + 1)
                 continue
         runs.append(_Run(item, (0, 0, 0), 1))
     return runs
@@ -146,21 +146,36 @@ def _group_calls(
     else:
         outers = [(document.batch + b, 0, segments, 0, w) for b in range(batches)]
     for batch, row, outer, outer_batch, outer_row in outers:
-        for (first, step, inner) in runs:
-            shared = dict(
-                branch=index, dilation_rate=r, query_len=first.query_len, outer=outer, outer_batch=outer_batch,
-                outer_row=outer_row, inner=inner, inner_head=step[0], inner_kv_head=step[1], inner_row=step[2],
-                batch=batch, query_row=first.query_row + row, head=first.head, kv_head=first.kv_head,
-            )  # fmt: skip
+        for first, step, inner in runs:
+            shared: dict[str, int] = {
+                "branch": index,
+                "dilation_rate": r,
+                "query_len": first.query_len,
+                "outer": outer,
+                "outer_batch": outer_batch,
+                "outer_row": outer_row,
+                "inner": inner,
+                "inner_head": step[0],
+                "inner_kv_head": step[1],
+                "inner_row": step[2],
+                "batch": batch,
+                "query_row": first.query_row + row,
+                "head": first.head,
+                "kv_head": first.kv_head,
+            }
             key_row, past = first.key_row + row, first.key_len - first.query_len
             if not is_causal or first.query_len == 1:  # a query that is the last row sees every key
-                yield Call(**shared, key_row=key_row, key_len=first.key_len, is_causal=False, zero_keys=first.zero_keys)
+                yield Call(
+                    **shared,
+                    key_row=key_row,
+                    key_len=first.key_len,
+                    is_causal=False,
+                    zero_keys=first.zero_keys,
+                )
                 continue
             if past:  # fused kernels align causal masks at the top left: all older keys, then a square
                 yield Call(**shared, key_row=key_row, key_len=past, is_causal=False, zero_keys=0)
-            yield Call(
-                **shared, key_row=key_row + past * r, key_len=first.query_len, is_causal=True, zero_keys=0
-            )
+            yield Call(**shared, key_row=key_row + past * r, key_len=first.query_len, is_causal=True, zero_keys=0)
 
 
 @lru_cache(maxsize=256)
@@ -193,7 +208,15 @@ def plan(
                 marks.add(document.length)
             for segment, count in segment_groups(pattern.branches[index].segment_length, tuple(sorted(marks))):
                 calls += _group_calls(
-                    pattern, index, document, shape, segment, count, is_causal=is_causal, zeros=zeros, fold=fold
+                    pattern,
+                    index,
+                    document,
+                    shape,
+                    segment,
+                    count,
+                    is_causal=is_causal,
+                    zeros=zeros,
+                    fold=fold,
                 )
     return Plan(shape, tuple(calls))
 
