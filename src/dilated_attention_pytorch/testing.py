@@ -1,16 +1,23 @@
-"""Oracles and input makers for tests: the definition written out densely, and the tolerance that goes with it."""
+"""Oracles and input makers for tests: the definition, written out densely, and the tolerance for it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends.philox import keep_mask
+from .functional import dilated_attention_with_lse
 from .patterns import DilatedPattern
-from .types import AttentionOutput
+from .types import AttentionOutput, HeadOffsets, MixingGrad, Padding
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+Layout = Literal["contiguous", "heads_first", "packed", "strided_rows", "columns", "expanded"]
 
 
 def multiplicity(
@@ -25,7 +32,7 @@ def multiplicity(
 ) -> Tensor:
     """Which branch lets which query row of which head attend to which key row: (branches, H, N_q, N) bool.
 
-    ``position`` and ``document`` (N,) say where the key rows lie; rows at negative positions lie in no document.
+    ``position`` and ``document`` (N,) say where key rows lie; those at negative positions are in no document.
     """
     n = position.shape[0]
     query = torch.arange(n - num_queries, n)
@@ -34,13 +41,14 @@ def multiplicity(
         allowed &= position <= position[query, None]
     if hidden is not None:
         allowed &= ~hidden
-    result = torch.zeros(len(pattern.branches), num_heads, num_queries, n, dtype=torch.bool)
+    result = torch.empty(len(pattern.branches), num_heads, num_queries, n, dtype=torch.bool)
     for i, branch in enumerate(pattern.branches):
         w, r = branch.segment_length, branch.dilation_rate
+        offset = torch.tensor([pattern.head_offset(h, r, num_heads) for h in range(num_heads)])
+        active = (position % w) % r == offset[:, None]
         segment = position // w
-        for h in range(num_heads):
-            active = (position % w) % r == pattern.head_offset(h, r, num_heads)
-            result[i, h] = allowed & active & active[query, None] & (segment == segment[query, None])
+        same = allowed & (segment == segment[query, None])
+        result[i] = same & active[:, None, :] & active[:, query, None]
     return result
 
 
@@ -48,47 +56,42 @@ def _zero_keys(pattern: DilatedPattern, num_heads: int, position: Tensor, length
     """Zero keys that torchscale's padding shows a row: (branches, H, N_q), counted slot by slot."""
     counts = torch.zeros(len(pattern.branches), num_heads, position.shape[0])
     for i, branch in enumerate(pattern.branches):
+        r = branch.dilation_rate
+        w = length.clamp(min=0, max=branch.segment_length)
+        start = position // branch.segment_length * branch.segment_length
+        slots = torch.arange(r * math.ceil(int(w.max()) / r))[:, None]
+        exists = (slots < (w + r - 1) // r * r) & (start < length) & (position >= 0)
+        empty = exists & ((slots >= w) | (start + slots >= length))
         for h in range(num_heads):
-            offset = pattern.head_offset(h, branch.dilation_rate, num_heads)
-            for q, (n, total) in enumerate(zip(position.tolist(), length.tolist(), strict=True)):
-                if n < 0 or n % branch.segment_length % branch.dilation_rate != offset:
-                    continue
-                w = min(branch.segment_length, total)
-                start = n // branch.segment_length * branch.segment_length
-                slots = range(offset, branch.dilation_rate * math.ceil(w / branch.dilation_rate), branch.dilation_rate)
-                if start < total:
-                    counts[i, h, q] = sum(t >= w or start + t >= total for t in slots)
+            offset = pattern.head_offset(h, r, num_heads)
+            active = position % branch.segment_length % r == offset
+            counts[i, h] = (empty & (slots % r == offset) & active).sum(0)
     return counts
 
 
-def oracle(
+class _Structure(NamedTuple):
+    """Who attends to whom in one batch row."""
+
+    hidden: Tensor  # (N,)
+    m: Tensor  # (branches, H, N_q, N) bool
+    zeros: Tensor  # (branches, H, N_q)
+    keep: Tensor  # (branches, H, N_q, N) bool
+
+
+def _structures(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
+    pattern: DilatedPattern,
     *,
     is_causal: bool = False,
-    scale: float | None = None,
     dropout_p: float = 0.0,
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: int | Tensor = 0,
-    head_offsets: str = "contiguous",
     padding: str = "mask",
-    mixing_grad: str = "exact",
     seed: int | None = None,
-) -> AttentionOutput:
-    """The definition, dense and differentiable, in the dtype of its inputs (float64 for an oracle). CPU, small N.
-
-    Products are taken in the input's dtype, softmax and mixing in float32 or better, as an eager implementation
-    would; ``seed`` is that of the dropout mask.
-    """
-    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
-    (batch, num_queries, heads, dim), n = query.shape, key.shape[1]
-    acc = torch.promote_types(query.dtype, torch.float32)
-    scale = 1 / math.sqrt(dim) if scale is None else scale
-    outs, lses = [], []
+) -> Iterator[_Structure]:
+    (batch, num_queries, heads, _), n = query.shape, key.shape[1]
     for b in range(batch):
         position, document = torch.arange(n), torch.zeros(n, dtype=torch.int64)
         if cu_seqlens is not None:
@@ -107,18 +110,54 @@ def oracle(
         if dropout_p:
             assert seed is not None
             rows, batch_heads = torch.arange(n), b * heads + torch.arange(heads)
-            keep = torch.stack(
-                [
-                    keep_mask(seed, dropout_p, branch=i, batch_heads=batch_heads, query_rows=rows[n - num_queries :], key_rows=rows)
-                    for i in range(len(pattern.branches))
-                ]
-            )  # fmt: skip
-        group = heads // key.shape[2]
-        q = query[b].transpose(0, 1)
-        k, v = (
-            t[b].masked_fill(hidden[:, None, None], 0).transpose(0, 1).repeat_interleave(group, 0)
-            for t in (key, value)
-        )
+            queries = rows[n - num_queries :]
+            for i in range(len(pattern.branches)):
+                keep[i] = keep_mask(
+                    seed, dropout_p, branch=i, batch_heads=batch_heads, query_rows=queries, key_rows=rows
+                )
+        yield _Structure(hidden, m, zeros, keep)
+
+
+def _by_head(tensor: Tensor, heads: int, hidden: Tensor) -> Tensor:
+    """(N, G, D) -> (H, N, D), hidden rows 0."""
+    shown = tensor.masked_fill(hidden[:, None, None], 0).transpose(0, 1)
+    return shown.repeat_interleave(heads // tensor.shape[1], 0)
+
+
+def oracle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: int | Tensor = 0,
+    head_offsets: HeadOffsets = "contiguous",
+    padding: Padding = "mask",
+    mixing_grad: MixingGrad = "exact",
+    seed: int | None = None,
+) -> AttentionOutput:
+    """The definition, dense and differentiable, in the dtype of its inputs (float64 for an oracle). CPU.
+
+    Products are taken in the input's dtype, softmax and mixing in float32 or better, as an eager
+    implementation would; ``seed`` is that of the dropout mask.
+    """
+    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+    acc = torch.promote_types(query.dtype, torch.float32)
+    heads = query.shape[2]
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    outs, lses = [], []
+    structures = _structures(
+        query, key, pattern, is_causal=is_causal, dropout_p=dropout_p, key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens, key_start=key_start, padding=padding, seed=seed,
+    )  # fmt: skip
+    for b, (hidden, m, zeros, keep) in enumerate(structures):
+        q, k, v = query[b].transpose(0, 1), _by_head(key[b], heads, hidden), _by_head(value[b], heads, hidden)
         scores = (q @ k.transpose(-1, -2)).to(acc) * scale
         out, lse = _mix(scores, v, m, zeros, keep.to(acc) / (1 - dropout_p), mixing_grad == "detached")
         outs.append(out.transpose(0, 1))
@@ -126,9 +165,7 @@ def oracle(
     return AttentionOutput(torch.stack(outs), torch.stack(lses))
 
 
-def _mix(
-    scores: Tensor, v: Tensor, m: Tensor, zeros: Tensor, keep: Tensor, detached: bool
-) -> tuple[Tensor, Tensor]:
+def _mix(scores: Tensor, v: Tensor, m: Tensor, zeros: Tensor, keep: Tensor, detached: bool) -> tuple[Tensor, Tensor]:
     """Softmax over the multiset of keys and zero keys; detached: per branch, mixed by constant weights."""
     acc = scores.dtype
 
@@ -152,16 +189,200 @@ def _mix(
     return out.to(v.dtype), lse
 
 
-def error_bound(gold: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
-    """Bound B: twice the error of an eager implementation in ``dtype``, plus 4 eps of the largest gold value."""
+def largest_summands(
+    tensors: Sequence[Tensor],
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    grad_lse: bool = False,
+    scale: float | None = None,
+    head_offsets: HeadOffsets = "contiguous",
+    mixing_grad: MixingGrad = "exact",
+    **options: Any,
+) -> tuple[float, ...]:
+    """How large the terms are whose sums give out, lse, dq, dk, dv: rounding noise is measured by them.
+
+    A gradient can be exactly 0 by cancellation: a row with a single key has P = 1, dS = dP - delta = 0, where
+    dP and delta = rowsum(dO * O) are sums over the head dim that nobody computes without rounding. Bound B is
+    0 there: neither the gold gradient nor (where it adds in the same order) the eager error shows the terms.
+    So a sum over the head dim counts as that of absolute values, every other sum as its largest term; and in
+    dv P = exp(s - lse) counts times s, whose error is its relative error and which the backward pass adds anew.
+    ``tensors`` as for `results`, in float64; options as for `oracle`.
+    """
+    query, key, value, grad_out, grad_of_lse = tensors
+    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    survivors, heads = 1 / (1 - options.get("dropout_p", 0.0)), query.shape[2]
+    rest: dict[str, Any] = {"scale": scale, "head_offsets": head_offsets, **options}
+    lse = oracle(query, key, value, segment_lengths, dilation_rates, **rest).lse
+    found = torch.zeros(query.shape[0], 5, dtype=torch.float64)
+    for b, (hidden, m, _, _) in enumerate(_structures(query, key, pattern, **options)):
+        q, k, v = query[b].transpose(0, 1), _by_head(key[b], heads, hidden), _by_head(value[b], heads, hidden)
+        count = m.sum(0)
+        logits = (q @ k.transpose(-1, -2) * scale).masked_fill(count == 0, -torch.inf)
+        p = survivors * count * torch.exp(logits - lse[b].nan_to_num(neginf=0.0).unsqueeze(-1))
+        do = grad_out[b].transpose(0, 1)
+        scores, dp = (t.abs() @ u.abs().mT * (count > 0) for t, u in ((q, k), (do, v)))
+        delta = dp.amax(-1, keepdim=True)
+        if grad_lse:
+            delta = delta + grad_of_lse[b].abs().unsqueeze(-1)
+        ds, scores = p * delta * abs(scale), scores * abs(scale)
+        factors = ((p, v), (ds, k), (ds.mT, q), ((p * scores.clamp(min=1)).mT, do))
+        terms = [weight * rows.abs().amax(-1).unsqueeze(1) for weight, rows in factors]
+        found[b] = torch.stack([term.max() for term in (terms[0], scores, *terms[1:])])
+    return tuple(found.amax(0).tolist())
+
+
+def error_bound(gold: Tensor, eager: Tensor, dtype: torch.dtype, *, summand: float = 0.0) -> float:
+    """Bound B: twice the error of an eager implementation in ``dtype`` and 4 eps of the largest gold value.
+
+    Or, if that is more, 2 eps of the ``summand`` (see `largest_summands`). In float64, where gold and eager
+    have rounded alike, 16 times the eps.
+    """
     finite = torch.isfinite(gold)
-    eager_error = (eager.double() - gold)[finite].abs().max() if finite.any() else torch.tensor(0.0)
-    largest = gold[finite].abs().max() if finite.any() else torch.tensor(0.0)
-    return float(2 * eager_error + 4 * torch.finfo(dtype).eps * largest)
+    shown = torch.stack([eager.double() - gold, gold]).where(finite, 0.0).abs().flatten(1).amax(1).tolist()
+    eps = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+    return max(2 * shown[0] + 4 * eps * shown[1], 2 * eps * summand)
 
 
 def max_error(actual: Tensor, gold: Tensor) -> float:
     """Largest difference; inf where one is finite and the other is not, so that a NaN never passes."""
     same = actual.double() == gold
     difference = torch.where(same, 0.0, (actual.double() - gold).abs())
-    return float(difference.nan_to_num(nan=torch.inf).max())
+    return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of the operator with random tensors: everything that reproduces it, as its repr."""
+
+    seed: int
+    key_rows: int
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    batch: int = 1
+    query_rows: int | None = None
+    kv_heads: int = 1
+    group: int = 1
+    head_dim: int = 8
+    value_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    is_causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    hidden: tuple[int, ...] | Literal["random"] | None = None
+    """Masked rows at the end of every batch row, or rows masked at random."""
+    cuts: tuple[int, ...] | None = None
+    """Inner bounds of packed documents."""
+    key_start: int | tuple[int, ...] = 0
+    head_offsets: HeadOffsets = "contiguous"
+    padding: Padding = "mask"
+    mixing_grad: MixingGrad = "exact"
+    layouts: tuple[Layout, Layout, Layout, Layout] = ("contiguous",) * 4
+    """Of query, key, value and the gradient of out."""
+    grad_lse: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Every argument of `dilated_attention` but tensors' values and the backend; tensors on the CPU."""
+        names = (
+            "segment_lengths",
+            "dilation_rates",
+            "is_causal",
+            "scale",
+            "dropout_p",
+            "head_offsets",
+            "padding",
+        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*names, "mixing_grad")}
+        options["key_start"] = torch.tensor(self.key_start) if isinstance(self.key_start, tuple) else self.key_start
+        if self.cuts is not None:
+            options["cu_seqlens"] = torch.tensor([0, *self.cuts, self.key_rows])
+        if self.hidden == "random":
+            draw = torch.rand(self.batch, self.key_rows, generator=torch.Generator().manual_seed(self.seed))
+            options["key_padding_mask"] = draw < 0.4
+        elif self.hidden is not None:
+            first = self.key_rows - torch.tensor(self.hidden)
+            options["key_padding_mask"] = torch.arange(self.key_rows) >= first[:, None]
+        return options
+
+    def tensors(self, device: str = "cpu") -> list[Tensor]:
+        """query, key, value, the gradients of out and of lse (B, H, N_q)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows, heads = self.query_rows or self.key_rows, self.kv_heads * self.group
+        value_dim = self.value_dim or self.head_dim
+        sizes = (
+            (rows, heads, self.head_dim), (self.key_rows, self.kv_heads, self.head_dim),
+            (self.key_rows, self.kv_heads, value_dim), (rows, heads, value_dim),
+        )  # fmt: skip
+        drawn = [
+            lay_out((self.batch, *size), layout, self.dtype, generator, device)
+            for size, layout in zip(sizes, self.layouts, strict=True)
+        ]
+        acc = torch.promote_types(self.dtype, torch.float32)
+        grad_lse = torch.randn(self.batch, heads, rows, generator=generator, dtype=torch.float64).to(acc)
+        return [*drawn, grad_lse.to(device)]
+
+
+def lay_out(
+    size: tuple[int, ...], layout: Layout, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu"
+) -> Tensor:
+    """Normal random numbers of shape (B, N, H, D), in memory as models produce them."""
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    b, n, h, d = size
+    match layout:
+        case "contiguous":
+            return draw(b, n, h, d)
+        case "heads_first":
+            return draw(b, h, n, d).transpose(1, 2)
+        case "packed":  # one projection for query, key and value
+            return draw(b, n, h, 3 * d)[..., d : 2 * d]
+        case "strided_rows":  # the batch stride is more than the rows
+            return draw(b, 2 * n + 1, h, d)[:, 1::2]
+        case "columns":
+            return draw(b, n, d, h).transpose(2, 3)
+        case "expanded":
+            return draw(1, n, 1, d).expand(b, n, h, d)
+
+
+def results(attend: Callable[..., AttentionOutput], tensors: Sequence[Tensor], *, grad_lse: bool) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv of ``attend``; ``tensors`` are query, key, value, the gradients of out and lse."""
+    query, key, value, grad_out, grad_of_lse = tensors
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    out, lse = attend(*leaves)
+    outputs, grads = [out], [grad_out]
+    if grad_lse and lse.requires_grad:
+        outputs, grads = [out, lse], [grad_out, grad_of_lse]
+    found = (out.detach(), lse.detach(), *torch.autograd.grad(outputs, leaves, grads))
+    return dict(zip(RESULTS, found, strict=True))
+
+
+def violations(case: Case, backends: Sequence[str], *, device: str = "cpu") -> list[str]:
+    """Where results of ``backends`` leave bound B of the dense oracle; empty when all is well.
+
+    Every line reproduces itself: it holds the backend and the case.
+    """
+    tensors, options, grad_lse = case.tensors(), case.options(), case.grad_lse
+    generator = torch.default_generator if device == "cpu" else torch.cuda.default_generators[0]
+    generator.manual_seed(case.seed)
+    seed = int(torch.randint(2**62, (1,), device=device)) if case.dropout_p else None
+    dense, exact = partial(oracle, seed=seed, **options), [t.double() for t in tensors]
+    gold, eager = (results(dense, inputs, grad_lse=grad_lse) for inputs in (exact, tensors))
+    dtypes = {name: torch.promote_types(case.dtype, torch.float32) if name == "lse" else case.dtype for name in gold}
+    bounds = {name: error_bound(gold[name], eager[name], dtype) for name, dtype in dtypes.items()}
+    moved = {name: t.to(device) if name == "key_padding_mask" else t for name, t in options.items()}
+    found = []
+    for backend in backends:
+        generator.manual_seed(case.seed)
+        attend = partial(dilated_attention_with_lse, backend=backend, **moved)
+        got = results(attend, case.tensors(device), grad_lse=grad_lse)
+        for index, (name, actual) in enumerate(got.items()):
+            error, bound = max_error(actual.cpu(), gold[name]), bounds[name]
+            if not error <= bound:
+                summand = largest_summands(exact, grad_lse=grad_lse, seed=seed, **options)[index]
+                bound = error_bound(gold[name], eager[name], dtypes[name], summand=summand)
+            if not (error <= bound < math.inf and actual.dtype == dtypes[name]):
+                found.append(f"{name} ({actual.dtype}) of {backend}: error {error:.3g}, bound {bound:.3g}, {case}")
+    return found

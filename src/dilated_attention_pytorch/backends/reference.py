@@ -45,20 +45,21 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
     shape = problem.shape
     size, acc = problem.dtype.itemsize, accumulator_dtype(problem.dtype).itemsize
     rows, keys = shape.batch * shape.query_rows * shape.heads, shape.batch * shape.key_rows * shape.kv_heads
-    result = rows * (shape.value_dim * size + acc)
-    sums = rows * (shape.value_dim + 1) * acc if acc != size else 0
-    if backward:
-        result = (rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim)) * size
-        sums = (rows * (shape.head_dim + 2 * shape.value_dim) + keys * (shape.head_dim + shape.value_dim)) * acc
+    widths = rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim) if backward else rows * shape.value_dim
+    sums = (widths + rows) * acc + (widths * size if size != acc else 0)
+    if problem.has_mask:
+        sums += keys * (shape.head_dim + shape.value_dim) * size
     block = 0
     for branch in problem.pattern.branches:
-        batches = max(document.batches for document in problem.documents) if problem.documents else 0
+        batches = max((document.batches for document in problem.documents), default=0)
         heads = -(-shape.heads // branch.dilation_rate)
         active = -(-min(branch.segment_length, shape.key_rows) // branch.dilation_rate)
         queries = min(BLOCK, -(-shape.query_rows // branch.dilation_rate))
-        span = min(-(-shape.key_rows // branch.dilation_rate), queries + 2 * active)
-        block = max(block, batches * heads * queries * span * acc * (5 if backward else 3))
-    return result + sums + block
+        aligned = queries % active == 0 or active % queries == 0
+        span = min(-(-shape.key_rows // branch.dilation_rate), max(queries, active) + (0 if aligned else active))
+        # Scores, weights and their products, of the block's size each (counted in runs, not derived).
+        block = max(block, batches * heads * queries * span * acc * (6 if backward else 5))
+    return sums + block
 
 
 def _blocks(

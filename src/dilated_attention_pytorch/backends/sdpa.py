@@ -60,7 +60,7 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
     assert isinstance(kernel, Kernel), kernel
     width = _round_up(kernel, _width(problem, grad_lse=False))
     rows, keys = shape.batch * shape.query_rows * shape.heads, shape.batch * shape.key_rows * shape.kv_heads
-    copies = problem.has_mask * 2 * keys * width * size  # one more of each while a masked tensor is padded
+    copies = 0
     if problem.has_mask or width != shape.head_dim:
         copies += (rows + keys) * width * size
     if problem.has_mask or width != shape.value_dim:
@@ -74,14 +74,25 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
             joined = max(joined, chunk.rows if n >= problem.plan.covers_first else 0)
             keyed = max(keyed, chunk.outer * chunk.inner * chunk.key_len)
     if not backward:
-        own = rows * (width + 1) * acc
+        own = rows * (width + 1) * acc + _cpu_tiles(problem, width)
         join = joined * (width * (size + (acc if size != acc else 0)) + 4 * acc)
         cast = rows * shape.value_dim * size if size != acc or width != shape.value_dim else 0
         return copies + own + max(parts * (width * size + acc), join, cast)
     copies += 2 * rows * width * size if width != shape.value_dim else 0
     own = (rows + 2 * keys) * width * acc
-    cast = (rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim)) * size if size != acc else 0
-    return copies + own + max((parts + 2 * keyed) * width * size, cast)
+    cast = (rows * shape.head_dim + keys * (shape.head_dim + shape.value_dim)) * size
+    cast = cast if size != acc or width != shape.head_dim else 0
+    inside = 2 * parts if problem.device == "cpu" else 0  # that kernel copies strided out and grad_out
+    return copies + own + max((parts + 2 * keyed + inside) * width * size, cast)
+
+
+def _cpu_tiles(problem: Problem, width: int) -> int:
+    """Bytes of the tile that each thread of the CPU kernel works in (its sizes as of PyTorch 2.13)."""
+    if problem.device != "cpu" or not problem.plan.calls:
+        return 0
+    longest = max(call.query_len for call in problem.plan.calls)
+    rows = 256 if longest >= 768 else 64 if longest >= 192 else 32
+    return torch.get_num_threads() * rows * (512 + 2 + width) * accumulator_dtype(problem.dtype).itemsize
 
 
 def _chunks(call: Call, limit: int, most: int) -> Iterator[Call]:

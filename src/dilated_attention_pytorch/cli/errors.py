@@ -1,0 +1,35 @@
+"""Errors of a command as one line on stderr and an exit code, without a traceback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+FAILED = 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
+
+
+def fail(message: str, code: int) -> typer.Exit:
+    """Print ``message`` as one line on stderr; the exception to raise."""
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def one_line_errors(*, hint: str = "") -> Iterator[None]:
+    """Turn a ValueError into exit code 2, a refusing disk or lack of memory into 1 and the ``hint``."""
+    try:
+        yield
+    except ValueError as error:
+        raise fail(str(error), WRONG_INPUT) from None
+    except FloatingPointError as error:
+        raise fail(str(error), FAILED) from None
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
+        raise fail(f"{where}{error.strerror or error}{hint and '; ' + hint}", FAILED) from None
+    except MemoryError:
+        raise fail(f"out of memory{hint and '; ' + hint}", FAILED) from None

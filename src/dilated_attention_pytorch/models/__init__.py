@@ -1,0 +1,6 @@
+"""Models built of dilated attention."""
+
+from .config import LongNetLMConfig
+from .longnet_lm import LongNetLM
+
+__all__ = ["LongNetLM", "LongNetLMConfig"]

@@ -1,0 +1,211 @@
+"""The training loop: steps, evaluations, checkpoints; everything a run does except talking to its user."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from ..models import LongNetLM
+from .checkpoint import Checkpoint, CheckpointError, write_checkpoint
+from .config import RunConfig
+from .corpus import Corpus
+from .evaluate import BITS, bits_by_position, token_losses
+from .metrics import MetricsLog
+from .optim import learning_rate, make_optimizer
+from .state import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    load_model_tensors,
+    load_optimizer_tensors,
+    load_random_tensors,
+    optimizer_tensors,
+    random_tensors,
+)
+from .windows import held_out_windows, training_batch
+
+
+class Reporter(Protocol):
+    """Who watches a run."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl: ``kind`` is "train" or "held-out"."""
+
+    def note(self, message: str) -> None:
+        """Something worth a line."""
+
+
+class Trainer:
+    """A run in memory: model, optimizer, text, and the number of steps done.
+
+    A step is a function of the configuration, the state and the step's number alone, so a run that continues
+    from a checkpoint repeats an uninterrupted one bit for bit (on the CPU, with as many threads).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        folder: Path,
+        *,
+        device: torch.device,
+        compile_model: bool = False,
+    ) -> None:
+        """Draw the initial weights. ``folder`` takes metrics.jsonl and checkpoints."""
+        self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
+        torch.manual_seed(config.training.seed)
+        self.model = LongNetLM(config.model).to(device)
+        self.optimizer = make_optimizer(self.model, config.training)
+        self._forward: nn.Module = self.model
+        if compile_model:
+            self._forward = cast(nn.Module, torch.compile(self.model))
+        self.step = 0
+        self.seconds = 0.0
+        self._resumed = False
+        windows = 2 * config.training.eval_windows
+        self.held_out = held_out_windows(corpus, context_length=config.model.context_length, count=windows)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that matrix products run in, None for that of the weights."""
+        return torch.bfloat16 if self.config.training.dtype == "bfloat16" else None
+
+    @property
+    def done(self) -> bool:
+        """Whether every step has been taken."""
+        return self.step >= self.config.training.steps
+
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """Continue from ``checkpoint``; returns what may keep the run from being bit-identical.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or of other text.
+        """
+        try:
+            progress, tensors = checkpoint.records["progress"], checkpoint.tensors
+            if progress["corpus"] != self.corpus.fingerprint:
+                raise CheckpointError(
+                    "the text changed since the checkpoint was written; restore it, or start a new run"
+                )
+            load_model_tensors(self.model, tensors[MODEL])
+            load_optimizer_tensors(self.model, self.optimizer, tensors[OPTIMIZER])
+            load_random_tensors(tensors[RANDOM], self.device)
+            self.step, self.seconds = checkpoint.step, float(progress["seconds"])
+            self._resumed = True
+            before = progress["environment"]
+            return [
+                f"{name} was {before.get(name)} and is {value}: results may differ in the last bits"
+                for name, value in self._environment().items()
+                if before.get(name) != value
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint is not one of this command: {error} is missing") from None
+
+    def _environment(self) -> dict[str, Any]:
+        return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after the steps done."""
+        progress = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "corpus": self.corpus.fingerprint,
+            "environment": self._environment(),
+        }
+        checkpoint = Checkpoint(
+            self.step,
+            {"run": self.config.to_dict(), "progress": progress},
+            {
+                MODEL: self.model.state_dict(),
+                OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+                RANDOM: random_tensors(self.device),
+            },
+        )
+        keep = self.config.training.keep_checkpoints
+        return write_checkpoint(self.folder / "checkpoints", checkpoint, keep=keep)
+
+    def evaluate(self, *, count: int) -> float:
+        """Mean bits per byte over ``count`` held-out windows, evenly chosen from those of the run."""
+        stride = max(1, len(self.held_out) // count)
+        bits = bits_by_position(
+            self._forward, self.held_out[::stride][:count], device=self.device, autocast=self.autocast
+        )
+        return float(bits.double().mean())
+
+    def train(self, reporter: Reporter, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Take the steps that are left; returns whether all are done.
+
+        Checkpoints are written before the first step, every ``checkpoint_every`` steps, at the end, and when
+        ``should_stop`` asks to stop after a step.
+        """
+        training = self.config.training
+        keep = self.step if self._resumed else -1  # what another run left is no part of this one
+        with MetricsLog(self.folder / "metrics.jsonl", keep_until=keep) as log:
+
+            def record(entry: dict[str, Any]) -> None:
+                log.append(entry)
+                reporter.record(entry)
+
+            def evaluate() -> None:
+                bits = self.evaluate(count=training.eval_windows)
+                record({"kind": "held-out", "step": self.step, "bits_per_byte": bits})
+
+            if not self._resumed:
+                evaluate()
+                log.sync()
+                self.save()
+            while not self.done:
+                record(self._train_step())
+                stop = should_stop()
+                if self.step % training.eval_every == 0 or self.done:
+                    evaluate()
+                if self.step % training.checkpoint_every == 0 or self.done or stop:
+                    log.sync()
+                    self.save()
+                if stop:
+                    break
+        return self.done
+
+    def _train_step(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        training = self.config.training
+        rate = learning_rate(self.step, training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch_size, length = self.config.window_shape(self.step)
+        windows = training_batch(
+            self.corpus, context_length=length, batch_size=batch_size, seed=training.seed, step=self.step
+        ).to(self.device, torch.int64)
+        self.model.train()
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = token_losses(self._forward, windows).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip))
+        value = float(loss.detach())
+        if not (math.isfinite(value) and math.isfinite(norm)):  # before the weights take it in
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {value}, the norm of its gradient {norm}; start a new "
+                f"run with a learning rate below {training.learning_rate:g}"
+            )
+        self.optimizer.step()
+        self.step += 1
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        return {
+            "kind": "train",
+            "step": self.step,
+            "loss": value,
+            "bits_per_byte": value * BITS,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens": self.config.trained_bytes(self.step),
+            "tokens_per_second": batch_size * length / elapsed,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,131 @@
+"""What a finished run leaves: the held-out evaluation, two plots, a sample of text, and a summary of all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .corpus import SEPARATOR
+from .evaluate import PositionCurve, bits_by_position, position_curve
+from .files import replace_file
+from .generate import generate, printable
+from .loop import Trainer
+from .metrics import read_metrics
+
+PROMPT_BYTES = 200
+
+
+@dataclass(frozen=True)
+class ContextValue:
+    """Held-out bits per byte in a window's second half when the model sees at most ``context`` bytes."""
+
+    context: int
+    bits_per_byte: float
+    standard_error: float
+    """Of the difference to the whole context over the windows; 0 for the whole context."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a run, as summary.json holds them."""
+
+    parameters: int
+    steps: int
+    trained_bytes: int
+    seconds: float
+    tokens_per_second: float
+    held_out_windows: int
+    held_out_bits_per_byte: float
+    contexts: tuple[ContextValue, ...]
+    position_curves: tuple[PositionCurve, ...]
+
+
+def _compare_contexts(trainer: Trainer) -> tuple[float, tuple[ContextValue, ...], tuple[PositionCurve, ...]]:
+    length = trainer.config.model.context_length
+    half = length // 2
+
+    def measure(context: int | None) -> Tensor:
+        return bits_by_position(
+            trainer.model, trainer.held_out, context=context, device=trainer.device, autocast=trainer.autocast
+        ).double()
+
+    whole = measure(None)
+    values = [ContextValue(length, float(whole[:, half:].mean()), 0.0)]
+    curves = [position_curve(whole)]
+    for context in (length // 4, length // 16):
+        if context >= 16:
+            bits = measure(context)
+            lost = (bits - whole)[:, half:].mean(dim=1)
+            error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
+            values.append(ContextValue(context, float(bits[:, half:].mean()), error))
+            curves.append(position_curve(bits, context=context, whole=whole))
+    return float(whole.mean()), tuple(values), tuple(curves)
+
+
+def sample_text(trainer: Trainer) -> tuple[bytes, bytes]:
+    """A prompt (the first bytes of a held-out document) and what the model makes of it."""
+    # The held-out document closest to 2,000 bytes of beginning: any would do, but always the same one.
+    document = max(trainer.corpus.held_out_documents, key=lambda d: (min(d.length, 4 * PROMPT_BYTES), d.name))
+    start = document.offset
+    prompt = bytes(trainer.corpus.tokens[start : start + min(PROMPT_BYTES, document.length)].tolist())
+    training = trainer.config.training
+    text = generate(
+        trainer.model,
+        bytes([SEPARATOR]) + prompt,
+        max_bytes=training.sample_bytes,
+        context_length=trainer.config.model.context_length,
+        seed=training.seed,
+        device=trainer.device,
+    )
+    return prompt, text
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed; it is looked for, not loaded."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_plots(trainer: Trainer, curves: tuple[PositionCurve, ...], *, parameters: int) -> list[Path]:
+    """Write loss.png and position.png; the files written."""
+    from .plots import plot_loss, plot_position
+
+    model, folder = trainer.config.model, trainer.folder
+    what = f"LongNetLM on bytes, {parameters / 1e6:.1f} M parameters, context {model.context_length:,}"
+    records = read_metrics(folder / "metrics.jsonl")
+    paths = [folder / "loss.png", folder / "position.png"]
+    plot_loss(records, paths[0], title=f"Loss over training\n{what}")
+    title = f"What context is worth\n{what}"
+    plot_position(curves, paths[1], title=title, segment_lengths=model.segment_lengths)
+    return paths
+
+
+def finish_run(trainer: Trainer) -> tuple[Summary, str, list[Path]]:
+    """Evaluate, plot, generate; returns the summary, the sample as printable text, and the files written."""
+    folder = trainer.folder
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    overall, values, curves = _compare_contexts(trainer)
+    trained = trainer.config.trained_bytes(trainer.step)
+    summary = Summary(
+        parameters=parameters,
+        steps=trainer.step,
+        trained_bytes=trained,
+        seconds=trainer.seconds,
+        tokens_per_second=trained / max(trainer.seconds, 1e-9),
+        held_out_windows=len(trainer.held_out),
+        held_out_bits_per_byte=overall,
+        contexts=values,
+        position_curves=curves,
+    )
+    files = draw_plots(trainer, curves, parameters=parameters) if can_plot() else []
+    sample = ""
+    if trainer.config.training.sample_bytes:
+        prompt, text = sample_text(trainer)
+        sample = f"{printable(prompt)}\N{BLACK RIGHT-POINTING TRIANGLE}{printable(text)}"
+        replace_file(folder / "sample.txt", [sample.encode() + b"\n"])
+        files.append(folder / "sample.txt")
+    replace_file(folder / "summary.json", [json.dumps(asdict(summary), indent=1).encode()])
+    return summary, sample, [*files, folder / "summary.json", folder / "metrics.jsonl"]
