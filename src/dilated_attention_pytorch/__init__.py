@@ -3,6 +3,8 @@
 from .backends import available_backends
 from .explanation import Explanation, explain
 from .functional import dilated_attention, dilated_attention_with_lse
+from .models import LongNetLM, LongNetLMConfig
+from .modules import DilatedAttention, MultiheadDilatedAttention
 from .patterns import DilatedPattern
 from .types import AttentionOutput
 from .verification import Verification, verify
@@ -11,8 +13,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionOutput",
+    "DilatedAttention",
     "DilatedPattern",
     "Explanation",
+    "LongNetLM",
+    "LongNetLMConfig",
+    "MultiheadDilatedAttention",
     "Verification",
     "available_backends",
     "dilated_attention",
