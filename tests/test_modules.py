@@ -33,9 +33,7 @@ def pair(
     return theirs, ours
 
 
-def assert_same_backward(
-    theirs: nn.Module, ours: nn.Module, expected: Tensor, actual: Tensor, *inputs: Tensor
-):
+def assert_same_backward(theirs: nn.Module, ours: nn.Module, expected: Tensor, actual: Tensor, *inputs: Tensor):
     """Outputs agree, and with the same output gradient the gradients of inputs and parameters."""
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(expected)

@@ -192,14 +192,11 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError("batch_first is False; give batch_first=True and tensors (batch, rows, width)")
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
-                f"embed_dim is {embed_dim}, num_heads is {num_heads}; embed_dim must be a "
-                "multiple of num_heads"
+                f"embed_dim is {embed_dim}, num_heads is {num_heads}; embed_dim must be a multiple of num_heads"
             )
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {kv_heads}, num_heads is {num_heads}; give a divisor of num_heads"
-            )
+            raise ValueError(f"num_kv_heads is {kv_heads}, num_heads is {num_heads}; give a divisor of num_heads")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
@@ -306,8 +303,7 @@ class MultiheadDilatedAttention(nn.Module):
             )
         if attn_mask is not None:
             raise ValueError(
-                "attn_mask is given, but dense masks are not supported; use is_causal, key_padding_mask or "
-                "cu_seqlens"
+                "attn_mask is given, but dense masks are not supported; use is_causal, key_padding_mask or cu_seqlens"
             )
         self._check(query, key, value)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self._project(query, key, value))

@@ -47,12 +47,14 @@ class CommandTable(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None else load_command(name), rest
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Run, and report arguments that do not parse as one line, like every other wrong input."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        standalone = options.pop("standalone_mode", True)
+        options["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **options)
         try:
-            result = super().main(*args, standalone_mode=False, **extra)
+            result = super().main(*args, **options)
         except Exception as error:
             # The class of a usage error depends on typer's version: click's, or that of its own copy.
             if (message := getattr(error, "format_message", None)) is None:

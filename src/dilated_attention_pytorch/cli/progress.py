@@ -7,8 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as EtaColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,20 +27,19 @@ class TrainingProgress:
     def __init__(self, console: Console, *, steps: int, total_bytes: int, done_bytes: int) -> None:
         """The bar counts bytes, of which steps may have different numbers; ``done_bytes`` were done before."""
         self._console, self._steps, self._total, self._first = console, steps, total_bytes, done_bytes
-        self._held_out = ""
         self._started = self._printed = time.monotonic()
         self._speed = 0.0
         self._bar = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=24),
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(bar_width=None),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
             TextColumn("ETA"),
-            EtaColumn(),
+            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            expand=True,
         )
-        self._task: TaskID = self._bar.add_task("", total=total_bytes, completed=done_bytes)
+        self._task: TaskID = self._bar.add_task("", total=total_bytes, completed=done_bytes, step=f"0/{steps}")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -56,20 +54,16 @@ class TrainingProgress:
 
     def record(self, record: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
+        step = f"{record['step']}/{self._steps}"
         if record["kind"] == "held-out":
-            bits = f"held-out {record['bits_per_byte']:.3f}"
-            self._held_out = f", {bits}"
-            if not self._console.is_terminal:
-                self.note(f"step {record['step']}/{self._steps}: {bits} bits per byte")
+            self.note(f"step {step}: held-out {record['bits_per_byte']:.3f} bits per byte")
             return
         speed = record["tokens_per_second"]
         self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
-        text = f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits per byte{self._held_out}"
-        text += f", {self._speed:,.0f} tokens/s"
-        text = f"step {record['step']}/{self._steps}: {text}"
-        self._bar.update(self._task, completed=record["tokens"], description=text)
+        text = f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, {self._speed:,.0f} tokens/s"
+        self._bar.update(self._task, completed=record["tokens"], description=text, step=step)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
             pace = (now - self._started) / (record["tokens"] - self._first)
-            self.note(f"{text}, ETA {duration(pace * (self._total - record['tokens']))}")
+            self.note(f"step {step}: {text}, ETA {duration(pace * (self._total - record['tokens']))}")

@@ -71,7 +71,7 @@ def show_end(console: Console, summary: Summary, sample: str, files: Sequence[Pa
     ]
     for n, value in enumerate(summary.contexts):
         label = "in a window's 2nd half" if n == 0 else ""
-        error = "" if n == 0 else f" (+{value.bits_per_byte - summary.contexts[0].bits_per_byte:.3f} ± "
+        error = "" if n == 0 else f" ({value.bits_per_byte - summary.contexts[0].bits_per_byte:+.3f} ± "
         error += "" if n == 0 else f"{value.standard_error:.3f})"
         rows.append((label, f"{value.bits_per_byte:.3f} seeing {value.context:,} bytes{error}"))
     rows += [

@@ -208,7 +208,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"steps": 10_000, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 500},
     "base": {
         "steps": 50_000,
-        "batch_size": 8,
+        "batch_size": 2,
         "learning_rate": 6e-4,
         "warmup_steps": 750,
         "checkpoint_every": 1000,

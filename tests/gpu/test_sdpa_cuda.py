@@ -1,0 +1,225 @@
+"""PyTorch's fused CUDA kernels, each by itself, against the dense oracle in float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.backends import vendor
+from dilated_attention_pytorch.testing import Case, violations
+
+pytestmark = pytest.mark.gpu
+
+HALF = ("bfloat16", "float16")
+DIMS = {
+    "cudnn": (8, 16, 24, 40, 48, 64, 80, 96, 128),
+    "flash": (8, 16, 24, 40, 48, 64, 80, 96, 128, 192, 256),
+    "efficient": (8, 16, 24, 40, 48, 64, 80, 96, 128, 192, 256),
+}
+TAKES = [
+    *(pytest.param(name, dtype, id=f"{name}-{dtype}") for name in ("cudnn", "flash") for dtype in HALF),
+    pytest.param("efficient", "float32", id="efficient-float32"),
+]
+SHAPE = {"key_rows": 70, "segment_lengths": (16, 40, 128), "dilation_rates": (1, 3, 4), "kv_heads": 4}
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "interleaved": {"head_offsets": "interleaved"},
+    "grouped": {"kv_heads": 2, "group": 3},
+    "value_dim": {"head_dim": 24, "value_dim": 40},
+    "unaligned": {"head_dim": 17, "value_dim": 3},
+    "scale": {"scale": 0.7, "is_causal": True},
+    "random_mask": {"hidden": "random", "batch": 2},
+    "random_mask_causal": {"hidden": "random", "batch": 2, "is_causal": True},
+    "suffix_zeros": {"hidden": (13, 40), "batch": 2, "padding": "zeros"},
+    "zeros": {"padding": "zeros", "mixing_grad": "detached"},
+    "detached": {"mixing_grad": "detached", "is_causal": True},
+    "packed": {"cuts": (9, 9, 31, 64)},
+    "packed_causal": {"cuts": (9, 9, 31, 64), "is_causal": True},
+    "left_padding": {"key_start": (-20, -3), "batch": 2, "is_causal": True},
+    "evicted": {"key_start": 37, "query_rows": 5, "is_causal": True},
+    "one_query": {"query_rows": 1, "is_causal": True},
+    "chunk": {"query_rows": 29},
+    "one_row": {"key_rows": 1},
+    "more_rate_than_heads": {"kv_heads": 2, "segment_lengths": (20, 64), "dilation_rates": (5, 8)},
+    "heads_no_multiple": {"kv_heads": 5, "segment_lengths": (15, 64), "dilation_rates": (1, 4)},
+    "heads_first": {"layouts": ("heads_first",) * 4, "batch": 2},
+    "packed_projection": {"layouts": ("packed", "packed", "packed", "strided_rows"), "batch": 2},
+    "expanded": {"layouts": ("columns", "expanded", "columns", "expanded"), "batch": 2},
+    "folded": {"key_rows": 64, "segment_lengths": (16, 32), "dilation_rates": (1, 2), "batch": 3},
+}
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Leave one vendor kernel in the table, so that backend="sdpa" has to take it."""
+
+    def leave(name: str) -> None:
+        kernels = tuple(kernel for kernel in vendor.KERNELS if kernel.name == name)
+        assert len(kernels) == 1
+        monkeypatch.setattr(vendor, "KERNELS", kernels)
+
+    return leave
+
+
+def draw(*size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def with_gradients(tensors, grad, **options):
+    """out, lse, dq, dk, dv of the pattern of SHAPE."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    pattern = SHAPE["segment_lengths"], SHAPE["dilation_rates"]
+    out, lse = dilated_attention_with_lse(*leaves, *pattern, backend="sdpa", **options)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+@pytest.mark.parametrize("grad_lse", [False, True], ids=["out", "out_and_lse"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_bound_b_of_every_option(only, name, dtype, options, grad_lse):
+    only(name)
+    case = Case(**{"seed": 3, "head_dim": 16, "grad_lse": grad_lse, **SHAPE, **options, "dtype": getattr(torch, dtype)})
+    assert not (found := violations(case, ("sdpa",), device="cuda")), "\n".join(found)
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_bound_b_of_every_head_dim(only, name, dtype, is_causal):
+    only(name)
+    found = []
+    for head_dim in DIMS[name]:
+        case = Case(seed=head_dim, head_dim=head_dim, is_causal=is_causal, **SHAPE, dtype=getattr(torch, dtype))
+        found += violations(case, ("sdpa",), device="cuda")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+def test_the_columns_of_a_mask_and_of_the_lse_need_room(only, name, dtype):
+    only(name)
+    largest = {"cudnn": 128, "flash": 256}.get(name)
+    if largest is None:  # takes any head dim
+        case = Case(seed=1, head_dim=256, hidden="random", grad_lse=True, **SHAPE, dtype=getattr(torch, dtype))
+        assert not (found := violations(case, ("sdpa",), device="cuda")), "\n".join(found)
+        return
+    tensors = [draw(1, 30, 4, largest, dtype=getattr(torch, dtype)) for _ in range(3)]
+    hidden = torch.zeros(1, 30, dtype=torch.bool, device="cuda")
+    with pytest.raises(ValueError, match=f"{name} takes head dims up to {largest}, not {largest + 8}"):
+        dilated_attention(*tensors, [16], [1], key_padding_mask=hidden, backend="sdpa")
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+def test_a_later_token_changes_nothing_before_it(only, name, dtype):
+    only(name)
+    inputs = [draw(1, 300, 4, 64, dtype=getattr(torch, dtype), seed=i) for i in range(3)]
+    pattern = SHAPE["segment_lengths"], SHAPE["dilation_rates"]
+    before = dilated_attention_with_lse(*inputs, *pattern, is_causal=True, backend="sdpa")
+    for t in (1, 16, 150, 299):
+        changed = [x.clone() for x in inputs]
+        for x in changed:
+            x[:, t] = 7.0
+        after = dilated_attention_with_lse(*changed, *pattern, is_causal=True, backend="sdpa")
+        assert torch.equal(before.out[:, :t], after.out[:, :t])
+        assert torch.equal(before.lse[..., :t], after.lse[..., :t])
+        assert not torch.equal(before.out[:, t], after.out[:, t])
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+def test_nan_in_masked_keys_and_left_padding_changes_nothing(only, name, dtype):
+    only(name)
+    inputs = [draw(2, 70, 4, 16, dtype=getattr(torch, dtype), seed=i) for i in range(4)]
+    hidden = torch.rand(2, 70, generator=torch.Generator().manual_seed(1)).to("cuda") < 0.4
+    start = torch.tensor([-30, -7])
+    padded = torch.arange(70, device="cuda") < -start[:, None].to("cuda")
+    tries = (({"key_padding_mask": hidden}, hidden, 1), ({"key_start": start, "is_causal": True}, padded, 0))
+    for options, gone, first in tries:
+        poisoned = [
+            t.masked_fill(gone[:, :, None, None], torch.nan) if i >= first else t for i, t in enumerate(inputs[:3])
+        ]
+        clean = with_gradients(inputs[:3], inputs[3], **options)
+        for i, (a, b) in enumerate(zip(clean, with_gradients(poisoned, inputs[3], **options), strict=True)):
+            assert torch.isfinite(b).all() or i == 1
+            torch.testing.assert_close(b, a, atol=0.02, rtol=0.02)  # atomics may add dQ in another order
+            if i > 1 + first:
+                assert (b[gone] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_huge_logits_stay_finite(only, name, dtype, is_causal):
+    only(name)
+    q, k, v, grad = (draw(1, 100, 4, 16, dtype=torch.float32, seed=i) for i in range(4))
+    q, k = (t / t.norm(dim=-1, keepdim=True) * 200 for t in (q, k))  # scores of +-1e4 at scale 1/4
+    inputs = [t.to(getattr(torch, dtype)) for t in (q, k, v, grad)]
+    last = torch.arange(100, device="cuda")[None] >= 95
+    for options in ({}, {"key_padding_mask": last}):
+        for found in with_gradients(inputs[:3], inputs[3], is_causal=is_causal, **options):
+            assert torch.isfinite(found if found.dim() == 4 else found[..., :95]).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_exp_lse_is_the_number_of_keys(only, name, dtype, is_causal):
+    only(name)
+    rows, heads, patterns = 20_011, 4, ((64, 1), (1000, 3), (30_000, 8))
+    key = draw(1, rows, heads, 16, dtype=getattr(torch, dtype))
+    _, lse = dilated_attention_with_lse(
+        torch.zeros_like(key), key, key, *zip(*patterns, strict=True), is_causal=is_causal, backend="sdpa"
+    )
+    position = torch.arange(rows)
+    expected = torch.zeros(heads, rows, dtype=torch.int64)
+    for w, r in patterns:
+        for h in range(heads):
+            active = (position % w % r == h // -(-heads // r)).long()
+            segment = position // w
+            ends = torch.zeros(int(segment.max()) + 1, dtype=torch.int64).index_add_(0, segment, active)
+            so_far = active.cumsum(0) - (ends.cumsum(0) - ends)[segment]
+            expected[h] += active * (so_far if is_causal else ends[segment])
+    assert torch.equal(lse[0].double().exp().round().long().cpu(), expected)
+
+
+def test_auto_takes_a_kernel_and_falls_to_reference_only_for_dropout():
+    q = draw(1, 70, 4, 16)
+    pattern = SHAPE["segment_lengths"], SHAPE["dilation_rates"]
+    assert torch.equal(dilated_attention(q, q, q, *pattern), dilated_attention(q, q, q, *pattern, backend="sdpa"))
+    for backend in ("auto", "reference"):
+        torch.manual_seed(5)
+        out = dilated_attention(q, q, q, *pattern, dropout_p=0.3, backend=backend)
+        torch.manual_seed(5)
+        assert torch.equal(out, dilated_attention(q, q, q, *pattern, dropout_p=0.3, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_reference_runs_there_too(dtype, options):
+    for dropout_p in (0.0, 0.3):
+        case = Case(
+            **{"seed": 4, "head_dim": 16, "grad_lse": True, **SHAPE, **options},
+            dtype=getattr(torch, dtype),
+            dropout_p=dropout_p,
+        )
+        assert not (found := violations(case, ("reference",), device="cuda")), "\n".join(found)
+
+
+def test_autocast_and_one_compile():
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(*tensors):
+        return dilated_attention(*tensors, (16, 40), (1, 3), is_causal=True)
+
+    leaves = [draw(1, 70, 4, 16, dtype=torch.float32, seed=i).requires_grad_() for i in range(3)]
+    with torch.autocast("cuda", torch.bfloat16):
+        out = attend(*leaves)
+    assert out.dtype == torch.bfloat16
+    assert counter.frame_count == 1
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    expected = [t.detach().bfloat16().requires_grad_() for t in leaves]
+    plain = dilated_attention(*expected, (16, 40), (1, 3), is_causal=True)
+    assert torch.equal(out, plain)
+    for a, b in zip(grads, torch.autograd.grad(plain.float().sum(), expected), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), atol=0.02, rtol=0.02)

@@ -1,0 +1,120 @@
+"""Wrong input: a ValueError that says what was given and what is allowed, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse, explain, verify
+
+Q = torch.zeros(2, 10, 4, 8)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {"query": Q, "key": Q, "value": Q, "segment_lengths": [4, 8], "dilation_rates": [1, 2], **changes}
+
+
+TABLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    # ranks and sizes
+    (changed(query=Q[0]), ("query has shape (10, 4, 8)", "(batch, rows, heads, head dim)")),
+    (changed(value=Q[..., None]), ("value has shape (2, 10, 4, 8, 1)", "(batch, rows, heads, head dim)")),
+    (changed(query=Q[:, :0]), ("(2, 0, 4, 8)", "at least 1")),
+    (changed(key=Q[:1], value=Q[:1]), ("(1, 10, 4, 8)", "do not fit", "(B, N, H_kv, D)")),
+    (changed(value=Q[:, 1:]), ("(2, 9, 4, 8)", "do not fit")),
+    (changed(key=Q[..., :4]), ("(2, 10, 4, 4)", "do not fit")),
+    (changed(key=Q[:, :, :3], value=Q[:, :, :3]), ("4 heads", "has 3", "multiple")),
+    (changed(key=Q[:, :, :2]), ("(2, 10, 2, 8)", "do not fit")),
+    (changed(key=Q[:, 1:], value=Q[:, 1:]), ("query has 10 rows, key has 9", "last rows")),
+    # dtypes and devices
+    (changed(query=Q.long()), ("int64", "float32")),
+    (changed(key=Q.double()), ("key is torch.float64", "query is torch.float32", "one dtype")),
+    (changed(value=Q.to("meta")), ("meta", "cpu", "one device")),
+    (changed(query=Q.to(torch.complex64)), ("complex64", "bfloat16")),
+    # the pattern
+    (changed(segment_lengths=[4, 8, 16]), ("dilation_rates has 2 entries, segment_lengths has 3", "one rate")),
+    (changed(dilation_rates=[1]), ("dilation_rates has 1 entry, segment_lengths has 2",)),
+    (changed(segment_lengths=[], dilation_rates=[]), ("segment_lengths is empty",)),
+    (changed(segment_lengths=[0, 8]), ("segment_lengths has 0", "at least 1")),
+    (changed(dilation_rates=[1, -2]), ("dilation_rates has -2", "at least 1")),
+    (changed(segment_lengths=[4.0, 8]), ("4.0 of type float", "integers")),
+    (changed(dilation_rates=[True, 2]), ("True of type bool", "integers")),
+    (changed(segment_lengths=8, dilation_rates=2), ("segment_lengths is 8", "list or tuple")),
+    (changed(segment_lengths="48"), ("segment_lengths is '48'", "list or tuple")),
+    (changed(dilation_rates=[5, 2]), ("dilation rate 5 is larger than its segment length 4",)),
+    (changed(head_offsets="random"), ("'random'", "'contiguous', 'interleaved'")),
+    # options
+    (changed(padding="none"), ("'none'", "'mask', 'zeros'")),
+    (changed(mixing_grad="none"), ("'none'", "'exact', 'detached'")),
+    (changed(backend="cuda"), ("'cuda'", "'auto', 'sdpa', 'reference'")),
+    (changed(scale=float("nan")), ("scale is nan", "finite")),
+    (changed(scale="1"), ("scale is '1'", "finite")),
+    (changed(dropout_p=1.0), ("dropout_p is 1.0", "below 1")),
+    (changed(dropout_p=-0.1), ("dropout_p is -0.1", "at least 0")),
+    (changed(dropout_p=0.1, backend="sdpa"), ("backend 'sdpa'", "dropout", "'reference'")),
+    # masks and documents
+    (changed(key_padding_mask=torch.zeros(2, 9, dtype=torch.bool)), ("(2, 9)", "(2, 10)")),
+    (changed(key_padding_mask=torch.zeros(2, 10)), ("float32", "bool")),
+    (changed(key_padding_mask=torch.zeros(2, 10, dtype=torch.bool, device="meta")), ("on meta", "on cpu")),
+    (changed(key_padding_mask=torch.arange(10).expand(2, -1) < 3, padding="zeros"), ("suffix", "row 0", '"mask"')),
+    (changed(cu_seqlens=torch.tensor([0, 10])), ("the batch has 2", "batch 1")),
+    (changed(key_start=1.5), ("key_start is 1.5", "int")),
+    (changed(key_start=True), ("key_start is True", "int")),
+    (changed(key_start=torch.zeros(3, dtype=torch.int64)), ("shape (3,)", "(2,)")),
+    (changed(key_start=torch.zeros(2)), ("key_start has dtype torch.float32", "int64")),
+]
+ONE = {"query": Q[:1], "key": Q[:1], "value": Q[:1]}
+TABLE += [
+    (changed(**ONE, cu_seqlens=torch.tensor(bounds)), fragments)
+    for bounds, fragments in [
+        ([0, 9], ("[0, 9]", "end at the 10 key rows")),
+        ([1, 10], ("[1, 10]", "start at 0")),
+        ([0, 7, 5, 10], ("[0, 7, 5, 10]", "never decrease")),
+        ([0, 11], ("[0, 11]", "10 key rows")),
+        ([10], ("shape (1,)", "at least 2")),
+        ([[0, 10]], ("shape (1, 2)", "(documents + 1,)")),
+        ([0.0, 10.0], ("cu_seqlens has dtype torch.float32", "int64")),
+    ]
+]
+TABLE += [
+    (changed(**ONE, cu_seqlens=torch.tensor([0, 10]), key_start=3), ("key_start", "position 0")),
+    (
+        changed(**ONE, cu_seqlens=torch.tensor([0, 10]), key_padding_mask=torch.arange(10)[None] > 8, padding="zeros"),
+        ("cu_seqlens", "key_padding_mask"),
+    ),
+]
+
+
+@pytest.mark.parametrize("function", [dilated_attention, dilated_attention_with_lse, explain, verify])
+@pytest.mark.parametrize(("arguments", "fragments"), TABLE, ids=lambda value: value[0] if type(value) is tuple else "")
+def test_wrong_input(function, arguments, fragments):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the fragments are checked below
+        function(**arguments)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        ({"seq_len": 0}, "seq_len is 0"),
+        ({"seq_len": 4096.0}, "seq_len is 4096.0"),
+        ({"seq_len": 4096, "ratio": 1}, "ratio is 1"),
+        ({"seq_len": 4096, "rule": "linear"}, "'linear'; choose 'longnet' or 'gigapath'"),
+        ({"seq_len": 4096, "num_branches": 0}, "num_branches is 0"),
+        ({"seq_len": 4096, "first_segment": -1}, "first_segment is -1"),
+        ({"seq_len": 4096, "max_rate": 0}, "max_rate is 0"),
+    ],
+)
+def test_wrong_geometry(arguments, fragment):
+    with pytest.raises(ValueError, match=fragment):
+        DilatedPattern.geometric(**arguments)
+
+
+def test_a_second_derivative_raises():
+    x = torch.randn(1, 8, 2, 8, requires_grad=True)
+    out = dilated_attention(x, x, x, [4], [1])
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()

@@ -1,0 +1,106 @@
+"""Bits per byte: against a model whose loss is known, overall, by position and with less context."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.training.evaluate import (
+    bits_by_position,
+    position_curve,
+    position_edges,
+    token_losses,
+)
+
+CPU = torch.device("cpu")
+
+
+class Bigram(nn.Module):
+    """Logits that depend on the last byte alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens]
+
+
+class Counting(nn.Module):
+    """Byte 0 gets a logit of n/100 where n bytes are visible, the others 0: the loss tells n."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = torch.zeros(*tokens.shape, 256)
+        logits[..., 0] = torch.arange(1, tokens.shape[1] + 1) / 100
+        return logits
+
+
+def visible(bits: Tensor) -> Tensor:
+    """How many bytes `Counting` saw: loss = log(1 + 255 exp(-n/100))."""
+    return -100 * ((bits.double() * math.log(2)).expm1() / 255).log()
+
+
+def windows(count: int, size: int) -> Tensor:
+    return torch.randint(256, (count, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("context", [None, 1, 2, 7, 32, 100])
+def test_bits_are_those_of_the_model_at_any_context(context: int | None):
+    model, text = Bigram(), windows(5, 41)
+    probabilities = model.table.detach().double().softmax(dim=-1)
+    expected = -probabilities[text[:, :-1].long(), text[:, 1:].long()].log2()
+    bits = bits_by_position(model, text, context=context, device=CPU, tokens_at_once=64)
+    torch.testing.assert_close(bits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 8, 16, 63, 64, 200])
+def test_a_limited_context_is_what_the_model_sees(context: int):
+    text = torch.zeros(3, 65, dtype=torch.uint8)
+    seen = visible(bits_by_position(Counting(), text, context=context, device=CPU))
+    position = torch.arange(1.0, 65.0, dtype=torch.float64)
+    assert (seen <= context + 1e-2).all()
+    assert (seen >= torch.minimum(position, torch.tensor(max(1, context // 2))) - 1e-2).all()
+    torch.testing.assert_close(seen[:, :context], position[:context].expand(3, -1), rtol=0, atol=1e-2)
+
+
+def test_without_a_limit_everything_before_is_seen():
+    seen = visible(bits_by_position(Counting(), torch.zeros(2, 33, dtype=torch.uint8), device=CPU))
+    torch.testing.assert_close(seen, torch.arange(1.0, 33.0).double().expand(2, -1), rtol=0, atol=1e-2)
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    model = nn.Sequential(Bigram(), nn.Dropout(0.5)).train()
+    text = windows(2, 9)
+    first = bits_by_position(model, text, device=CPU)
+    assert model.training
+    assert first.equal(bits_by_position(model, text, device=CPU))  # dropout was off
+
+
+def test_token_losses_are_cross_entropy_in_nats():
+    model, text = Bigram(), windows(2, 6).long()
+    expected = nn.functional.cross_entropy(model(text[:, :-1]).transpose(1, 2), text[:, 1:], reduction="none")
+    torch.testing.assert_close(token_losses(model, text), expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 23, 100, 128, 4096, 32768])
+def test_bins_cover_every_position_once(length: int):
+    edges = position_edges(length)
+    assert edges[0] == 0
+    assert edges[-1] == length
+    assert all(a < b for a, b in pairwise(edges))
+    if length >= 32:
+        assert {length // 2, length} <= set(edges)
+        assert 16 <= edges[1] < 24
+
+
+def test_a_curve_is_the_mean_of_each_bin():
+    bits = torch.stack([torch.arange(64.0), torch.arange(64.0) + 4])
+    curve = position_curve(bits, context=None)
+    assert curve.edges == [0, 16, 23, 32, 45, 64]
+    pairs = pairwise(curve.edges)
+    assert curve.bits == pytest.approx([(a + b - 1) / 2 + 2 for a, b in pairs])
+    assert curve.error == pytest.approx([2.0] * 5)  # two windows 4 apart: deviation 2.83, over sqrt(2)

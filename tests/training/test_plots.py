@@ -1,0 +1,55 @@
+"""Plots: what they draw, read back from the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from dilated_attention_pytorch.training.evaluate import PositionCurve
+from dilated_attention_pytorch.training.plots import COLORS, plot_loss, plot_position, smooth
+
+
+def rows_of(path: Path, color: str) -> np.ndarray:
+    """Row of the picture, counted from the top, of every pixel of a colour, from the left to the right."""
+    picture = matplotlib.image.imread(path)[..., :3]
+    rows, columns = np.nonzero(np.abs(picture - to_rgb(color)).max(axis=-1) < 0.02)
+    return rows[np.argsort(columns, kind="stable")]
+
+
+def test_the_loss_plot_shows_training_and_held_out(tmp_path: Path):
+    records = [{"kind": "train", "step": n, "loss": 5.0 - n / 25} for n in range(1, 101)]
+    records += [{"kind": "held-out", "step": n, "bits_per_byte": 8 - n / 20} for n in (0, 50, 100)]
+    plot_loss(records, tmp_path / "loss.png", title="Loss")
+    for color in COLORS[:2]:
+        rows = rows_of(tmp_path / "loss.png", color)
+        assert len(rows) > 200
+        # The legend lies at the right; the left fifth of the line is above its middle fifth.
+        fifth = len(rows) // 5
+        assert rows[:fifth].mean() < rows[2 * fifth : 3 * fifth].mean()
+
+
+def test_the_loss_plot_needs_no_records(tmp_path: Path):
+    plot_loss([], tmp_path / "loss.png", title="Loss")
+    assert matplotlib.image.imread(tmp_path / "loss.png").std() > 0.01
+
+
+def test_the_position_plot_shows_every_curve(tmp_path: Path):
+    edges = [0, 16, 32, 64, 128]
+    curves = [
+        PositionCurve(None, edges, [4.0, 3.5, 3.0, 2.5], [0.1] * 4),
+        PositionCurve(32, edges, [4.0, 3.5, 3.4, 3.3], [0.1] * 4),
+    ]
+    plot_position(curves, tmp_path / "position.png", title="Position", segment_lengths=(32, 128, 4096))
+    whole, limited = (rows_of(tmp_path / "position.png", color) for color in COLORS[:2])
+    assert len(whole) > len(limited) > 100
+    assert whole.max() > limited.max() + 20  # it ends further down
+
+
+def test_smoothing_weighs_the_past_less():
+    assert smooth([3.0] * 5, 0.9) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 0.0, 0.0], 0.5) == pytest.approx([1, 1 / 3, 1 / 7])
+    assert smooth([], 0.5) == []
