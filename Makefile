@@ -1,5 +1,5 @@
 # Every target makes its own .venv first. Needs only make and Python 3.11 or newer.
-# Settings: PYTHON=/path/to/python3, PIP_FLAGS="...", PYTEST_FLAGS="...", WORKERS=2 (processes that run tests).
+# Settings: PYTHON=/path/to/python3, PIP_FLAGS="...", PYTEST_FLAGS="...".
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -8,7 +8,6 @@ SHELL := /bin/sh
 
 BIN := .venv/bin
 READY := .venv/.ready
-WORKERS ?= 2
 ifdef PYTHON
 PYTHONS = "$(PYTHON)"
 else
@@ -22,10 +21,10 @@ demo: $(READY) ## Train a small LongNet on real text, in about 2 minutes on 2 co
 	$(BIN)/dilated-attention train --preset demo
 
 test: $(READY) ## Run the tests (those for a GPU only where there is one)
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-full: $(READY) ## Run every test, long campaigns too
-	$(BIN)/python -m pytest -n $(WORKERS) -m "" -o timeout=7200 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "" -o timeout=7200 $(PYTEST_FLAGS)
 
 check: lint test ## Everything that has to pass before a commit
 

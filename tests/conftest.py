@@ -8,11 +8,8 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Under pytest-xdist, share the cores among the workers instead of giving each of them all."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch on import, here and in child processes
+    """One torch thread a process, here and in child processes: tests are small, and workers share the cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch on import
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

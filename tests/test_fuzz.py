@@ -74,17 +74,19 @@ def check(case: Case) -> None:
 SHARED = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=500, **SHARED)
-@given(cases())
-def test_bound_b(case):
+@pytest.mark.parametrize("part", range(4))  # 500 cases, in parts that workers can share
+@settings(max_examples=125, **SHARED)
+@given(case=cases())
+def test_bound_b(part, case):
     check(case)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
-@settings(max_examples=10_000, phases=[Phase.generate], **SHARED)
-@given(cases())
-def test_bound_b_at_length(case):
+@pytest.mark.parametrize("part", range(4))  # 10,000 cases
+@settings(max_examples=2500, phases=[Phase.generate], **SHARED)
+@given(case=cases())
+def test_bound_b_at_length(part, case):
     check(case)
 
 

@@ -23,9 +23,9 @@ state = lambda: {
     "filters": len(warnings.filters),
 }
 before = state()
-start = time.perf_counter()
+start = time.process_time()
 import dilated_attention_pytorch
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 with open(sys.argv[1], "w") as file:
     json.dump({"before": before, "after": state(), "seconds": seconds}, file)
 """
@@ -66,4 +66,4 @@ def test_loads_nothing_heavy(probe: dict):
 
 
 def test_is_quick(probe: dict):
-    assert probe["seconds"] < 2.0  # 0.1 s by itself, the rest is room for a busy machine
+    assert probe["seconds"] < 2.0  # of CPU time, beyond that of torch; most of it is room for a slow machine

@@ -260,12 +260,13 @@ def backward(
             alone = problem.branch(index).plan
             parts.append((alone, _run(kernel, query_, key_, value_, problem, alone)[0].to(query.dtype)))
     sums: list[Tensor | None] = [None, None, None]
-    shape, first_plan = problem.shape, parts[0][0]
+    shape = problem.shape
     same_rows = shape.heads == shape.kv_heads and shape.query_rows == shape.key_rows
-    for plan, out_ in parts:
+    for index, (plan, out_) in enumerate(parts):
+        covering = plan.covers_first if index == 0 else 0
         for n, whole in enumerate(plan.calls):
-            fresh = plan is first_plan and n < plan.covers_first
-            adopt = fresh and same_rows and plan.covers_first == 1 and query_.is_contiguous()
+            fresh = n < covering
+            adopt = fresh and same_rows and covering == 1 and query_.is_contiguous()
             for part in _chunks(whole, whole.rows if adopt else _limit(problem), kernel.max_problems):
                 grads = kernel.backward(
                     query_view(grad_out_, part),

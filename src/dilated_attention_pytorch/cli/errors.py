@@ -12,6 +12,8 @@ FAILED = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
 
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
 
 def fail(message: str, code: int) -> typer.Exit:
     """Print ``message`` as one line on stderr; the exception to raise."""
@@ -31,5 +33,10 @@ def one_line_errors(*, hint: str = "") -> Iterator[None]:
     except OSError as error:
         where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
         raise fail(f"{where}{error.strerror or error}{hint and '; ' + hint}", FAILED) from None
-    except MemoryError:
-        raise fail(f"out of memory{hint and '; ' + hint}", FAILED) from None
+    except (MemoryError, RuntimeError) as error:
+        # torch raises a RuntimeError for lack of memory, on a GPU a subclass of it; anything else is a defect.
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(words in text for words in _OUT_OF_MEMORY):
+            raise
+        reason = f"out of memory ({text.splitlines()[0]})" if text else "out of memory"
+        raise fail(f"{reason}{hint and '; ' + hint}", FAILED) from None

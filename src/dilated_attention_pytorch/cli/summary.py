@@ -15,7 +15,7 @@ from rich.text import Text
 from .progress import duration
 
 if TYPE_CHECKING:
-    from ..training import Summary, Trainer
+    from ..training import Sample, Summary, Trainer
 
 
 def _grid(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -57,12 +57,11 @@ def show_start(console: Console, trainer: Trainer) -> None:
     _grid(console, "Training", rows)
 
 
-def show_end(console: Console, summary: Summary, sample: str, files: Sequence[Path]) -> None:
+def show_end(console: Console, summary: Summary, sample: Sample | None, files: Sequence[Path]) -> None:
     """The sample, the figures, and where the files lie."""
     if sample:
-        prompt, _, text = sample.partition("\N{BLACK RIGHT-POINTING TRIANGLE}")
-        body = Text(prompt, style="dim") + Text(text)
-        console.print(Panel(body, title="Sample: held-out prompt (dim), then the model", title_align="left"))
+        body = Text(sample.prompt, style="dim") + Text("|", style="bold cyan") + Text(sample.text)
+        console.print(Panel(body, title="Sample: held-out prompt | what the model makes of it", title_align="left"))
     rows = [
         (
             "held-out bits per byte",

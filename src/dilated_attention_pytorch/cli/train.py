@@ -16,7 +16,7 @@ from .errors import INTERRUPTED, one_line_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training import Summary, Trainer
+    from ..training import Trainer
 
 RUNS = Path("runs")
 
@@ -153,7 +153,6 @@ def _run(trainer: Trainer, notes: list[str], console: Console, hint: str) -> Non
     if not finished:
         raise KeyboardInterrupt
     console.print("Evaluating on held-out text and drawing a sample ...", highlight=False)
-    summary: Summary
     summary, sample, files = finish_run(trainer)
     show_end(console, summary, sample, files)
 

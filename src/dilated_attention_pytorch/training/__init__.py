@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import RunConfig, TrainingConfig
 from .loop import Reporter, Trainer
-from .report import Summary, finish_run
+from .report import Sample, Summary, finish_run
 from .session import parse_device, resume_run, start_run
 from .state import load_model
 
@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "Reporter",
     "RunConfig",
+    "Sample",
     "Summary",
     "Trainer",
     "TrainingConfig",

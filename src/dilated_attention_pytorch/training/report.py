@@ -44,6 +44,14 @@ class Summary:
     position_curves: tuple[PositionCurve, ...]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The beginning of a held-out document and what the model made of it, safe to print."""
+
+    prompt: str
+    text: str
+
+
 def _compare_contexts(trainer: Trainer) -> tuple[float, tuple[ContextValue, ...], tuple[PositionCurve, ...]]:
     length = trainer.config.model.context_length
     half = length // 2
@@ -66,13 +74,12 @@ def _compare_contexts(trainer: Trainer) -> tuple[float, tuple[ContextValue, ...]
     return float(whole.mean()), tuple(values), tuple(curves)
 
 
-def sample_text(trainer: Trainer) -> tuple[bytes, bytes]:
-    """A prompt (the first bytes of a held-out document) and what the model makes of it."""
-    # The held-out document closest to 2,000 bytes of beginning: any would do, but always the same one.
+def draw_sample(trainer: Trainer) -> Sample:
+    """Continue the first bytes of a held-out document."""
+    # The last by name of those that are long enough to be a fair prompt: always the same one.
     document = max(trainer.corpus.held_out_documents, key=lambda d: (min(d.length, 4 * PROMPT_BYTES), d.name))
-    start = document.offset
+    start, training = document.offset, trainer.config.training
     prompt = bytes(trainer.corpus.tokens[start : start + min(PROMPT_BYTES, document.length)].tolist())
-    training = trainer.config.training
     text = generate(
         trainer.model,
         bytes([SEPARATOR]) + prompt,
@@ -81,7 +88,7 @@ def sample_text(trainer: Trainer) -> tuple[bytes, bytes]:
         seed=training.seed,
         device=trainer.device,
     )
-    return prompt, text
+    return Sample(printable(prompt), printable(text))
 
 
 def can_plot() -> bool:
@@ -103,8 +110,8 @@ def draw_plots(trainer: Trainer, curves: tuple[PositionCurve, ...], *, parameter
     return paths
 
 
-def finish_run(trainer: Trainer) -> tuple[Summary, str, list[Path]]:
-    """Evaluate, plot, generate; returns the summary, the sample as printable text, and the files written."""
+def finish_run(trainer: Trainer) -> tuple[Summary, Sample | None, list[Path]]:
+    """Evaluate, plot, generate; returns the summary, the sample if there is one, and the files written."""
     folder = trainer.folder
     parameters = sum(p.numel() for p in trainer.model.parameters())
     overall, values, curves = _compare_contexts(trainer)
@@ -121,11 +128,11 @@ def finish_run(trainer: Trainer) -> tuple[Summary, str, list[Path]]:
         position_curves=curves,
     )
     files = draw_plots(trainer, curves, parameters=parameters) if can_plot() else []
-    sample = ""
+    sample = None
     if trainer.config.training.sample_bytes:
-        prompt, text = sample_text(trainer)
-        sample = f"{printable(prompt)}\N{BLACK RIGHT-POINTING TRIANGLE}{printable(text)}"
-        replace_file(folder / "sample.txt", [sample.encode() + b"\n"])
+        sample = draw_sample(trainer)
+        content = f"{sample.prompt}\n{'-' * 20} the model goes on: {'-' * 20}\n{sample.text}\n"
+        replace_file(folder / "sample.txt", [content.encode()])
         files.append(folder / "sample.txt")
     replace_file(folder / "summary.json", [json.dumps(asdict(summary), indent=1).encode()])
     return summary, sample, [*files, folder / "summary.json", folder / "metrics.jsonl"]

@@ -1,0 +1,174 @@
+"""The registered operators: schemas, fakes, autograd, compile, autocast, checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.backends.ops import attention_backward, attention_forward
+from dilated_attention_pytorch.functional import checked_arguments
+
+
+def draw(*size, seed=0, dtype=torch.float32):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def arguments(q, k, v, **options):
+    found = checked_arguments(q, k, v, (8, 32), (1, 3), **options)
+    return {**found, "seed": None, "backend": "auto"}
+
+
+Q, KV = draw(2, 20, 4, 8), draw(2, 20, 2, 8, seed=1)
+PACKED = torch.tensor([0, 7, 20])
+SETS = {
+    "plain": arguments(Q, Q, Q),
+    "grouped": arguments(Q, KV, KV, is_causal=True),
+    "value dim": arguments(Q, KV, draw(2, 20, 2, 16, seed=2)),
+    "transposed": arguments(*(draw(2, 4, 20, 8, seed=i).transpose(1, 2) for i in range(3))),
+    "sliced": arguments(*draw(2, 20, 4, 24).chunk(3, -1)),
+    "shorter query": arguments(Q[:, 15:], KV, KV, is_causal=True, key_start=3),
+    "mask": arguments(Q, Q, Q, key_padding_mask=torch.arange(20).expand(2, -1) > 15),
+    "packed": arguments(Q[:1], Q[:1], Q[:1], cu_seqlens=PACKED, padding="zeros", mixing_grad="detached"),
+    "starts": arguments(Q, Q, Q, key_start=torch.tensor([-4, 2])),
+    "float64": arguments(Q.double(), Q.double(), Q.double()),
+    "bfloat16": arguments(Q.bfloat16(), Q.bfloat16(), Q.bfloat16()),
+    "dropout": {**arguments(Q, Q, Q, dropout_p=0.2), "seed": torch.tensor([5])},
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_opcheck(name):
+    leaves = {n: SETS[name][n].detach().requires_grad_() for n in ("query", "key", "value")}
+    torch.library.opcheck(attention_forward, (), {**SETS[name], **leaves})
+
+
+def test_opcheck_of_the_backward():
+    given = SETS["grouped"]
+    out, lse = attention_forward(**given)
+    for grad_lse in (None, torch.ones_like(lse)):
+        torch.library.opcheck(
+            attention_backward,
+            (),
+            {**given, "grad_out": torch.ones_like(out), "grad_lse": grad_lse, "out": out, "lse": lse},
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_fifty_lengths_take_two_compiles():
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(q, k, v):
+        out, lse = dilated_attention_with_lse(q, k, v, [8, 32], [1, 4], is_causal=True)
+        return out.square().sum() + lse.sum()
+
+    for n in range(3, 53):
+        leaves = [draw(1, n, 4, 8, seed=i).requires_grad_() for i in range(3)]
+        compiled = torch.autograd.grad(attend(*leaves), leaves)
+        out, lse = dilated_attention_with_lse(*leaves, [8, 32], [1, 4], is_causal=True)
+        eager = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+        for a, b in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 2
+
+
+def test_decoding_positions_take_two_compiles():
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(q, k, v, start):
+        return dilated_attention(q, k, v, [8, 32], [1, 4], is_causal=True, key_start=start)
+
+    x = draw(1, 80, 4, 8)
+    whole = dilated_attention(x, x, x, [8, 32], [1, 4], is_causal=True)
+    for t in range(40, 80):
+        start = t // 32 * 32
+        if t + 1 - start < 2:
+            continue  # one row is a size that compilers treat apart
+        kept = x[:, start : t + 1]
+        torch.testing.assert_close(attend(x[:, t : t + 1], kept, kept, start)[:, 0], whole[:, t])
+    assert counter.frame_count <= 3
+
+
+def test_inductor_gives_what_eager_gives():
+    leaves = [draw(1, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
+
+    def attend(*t):
+        return (dilated_attention(*t, [8, 32], [1, 4], is_causal=True) * 2).tanh()
+
+    compiled = torch.compile(attend, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, attend(*leaves))
+    for a, b in zip(
+        torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(attend(*leaves).sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_autocast_casts_what_attention_casts(backend):
+    leaves = [draw(1, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = dilated_attention_with_lse(*leaves, [8, 32], [1, 4], backend=backend)
+        double = dilated_attention(*(t.double() for t in leaves), [8, 32], [1, 4], backend=backend)
+        grads = torch.autograd.grad(out.float().sum(), leaves)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert double.dtype == torch.float64
+    low = [t.detach().bfloat16().requires_grad_() for t in leaves]
+    expected = dilated_attention(*low, [8, 32], [1, 4], backend=backend)
+    assert torch.equal(out, expected)
+    for a, b in zip(grads, torch.autograd.grad(expected.float().sum(), low), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+def test_fake_and_meta_tensors_have_the_real_shapes():
+    real = dilated_attention_with_lse(Q, KV, draw(2, 20, 2, 16), [8], [2])
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 20, 4, 8), torch.empty(2, 20, 2, 8), torch.empty(2, 20, 2, 16)
+        fake = dilated_attention_with_lse(q, k, v, [8], [2])
+    meta = dilated_attention_with_lse(*(torch.empty(t, device="meta") for t in (q.shape, k.shape, v.shape)), [8], [2])
+    for a, b, c in zip(real, fake, meta, strict=True):
+        assert a.shape == b.shape == c.shape
+        assert a.stride() == b.stride() == c.stride()
+        assert a.dtype == b.dtype == c.dtype
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_recomputation_gives_the_same_gradients(dropout_p):
+    leaves = [draw(1, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
+
+    def attend(*t):
+        return dilated_attention(*t, [8, 32], [1, 4], dropout_p=dropout_p).square()
+
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(attend(*leaves).sum(), leaves)
+    torch.manual_seed(3)
+    again = torch.autograd.grad(checkpoint(attend, *leaves, use_reentrant=False).sum(), leaves)
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_some_inputs_only():
+    leaves = [draw(1, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
+    grads = torch.autograd.grad(dilated_attention(*leaves, [8, 32], [1, 4]).sum(), leaves)
+    for index, grad in enumerate(grads):
+        inputs = [t.detach().requires_grad_(i == index) for i, t in enumerate(leaves)]
+        (alone,) = torch.autograd.grad(dilated_attention(*inputs, [8, 32], [1, 4]).sum(), inputs[index])
+        assert torch.equal(alone, grad)
+
+
+def test_inputs_are_left_as_they_were():
+    inputs = [draw(2, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
+    before = [t.detach().clone() for t in inputs]
+    mask = torch.arange(40).expand(2, -1) > 30
+    out, lse = dilated_attention_with_lse(*inputs, [8, 32], [1, 4], key_padding_mask=mask)
+    kept = out.detach().clone()
+    grad = torch.ones_like(out)
+    torch.autograd.grad([out, lse], inputs, [grad, torch.ones_like(lse)])
+    for a, b in zip([*inputs, out, grad], [*before, kept, torch.ones_like(out)], strict=True):
+        assert torch.equal(a, b)
