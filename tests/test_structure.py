@@ -83,12 +83,12 @@ CASES = {
     "odd mask causal": (20_011, ODD, "bfloat16", "sdpa", {"masked": True, "is_causal": True}),
     "odd left padding": (20_011, ODD, "float16", "sdpa", {"key_start": -1234, "is_causal": True}),
     "odd after eviction": (20_011, ODD, "float32", "sdpa", {"key_start": 123_457}),
-    "reference 64K causal": (65536, ((300, 65536), (1, 32)), "float32", "reference", {"is_causal": True}),
+    "reference 64K causal": (65536, ((512, 65536), (4, 64)), "bfloat16", "reference", {"is_causal": True}),
     "reference odd": (20_011, SHORT, "bfloat16", "reference", {}),
     "reference odd zeros of packed documents": (
-        20_011, SHORT, "float32", "reference", {"padding": "zeros", "packed": True}
+        12_011, SHORT, "float32", "reference", {"padding": "zeros", "packed": True}
     ),
-    "reference odd mask": (20_011, SHORT, "float64", "reference", {"masked": True, "is_causal": True}),
+    "reference odd mask": (6_011, SHORT, "float64", "reference", {"masked": True, "is_causal": True}),
 }  # fmt: skip
 
 
@@ -128,10 +128,11 @@ def test_every_pair_is_there_once(name):
     assert torch.equal(lse[0].double().exp().round().long(), total)
     share = (inside / total.clamp(min=1)).T
     eps = torch.finfo(dtype).eps
-    # Each of the branches' results is rounded, and so is the sum; relative, for one key in a thousand counts.
+    # Relative to the share, for each of the branches' results is rounded; and what joining them in float32 leaves,
+    # which one key in 65536 is still well above.
     error = (out.detach()[0].double() - share[:, :, None]).abs()
-    worst = float((error / share.clamp(min=1e-9)[:, :, None]).max())
-    assert worst <= 2 * max(eps, 2.5e-6)
+    worst = float((error - 2 * max(eps, 2.5e-6) * share[:, :, None]).max())
+    assert worst <= 1e-6
 
     if dtype in (torch.float32, torch.float64):
         (dv,) = torch.autograd.grad(out, value, total.T[None, :, :, None].expand_as(out).to(dtype))

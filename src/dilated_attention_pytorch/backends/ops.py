@@ -143,6 +143,11 @@ def attention_backward(
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
     )  # fmt: skip
     chosen = choose(backend, problem, grad_lse=grad_lse is not None).backend
+    # A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further.
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)
+    if key_padding_mask is not None:  # only then is such a row part of a call
+        grad_out = grad_out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
     with torch.autocast(query.device.type, enabled=False):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,

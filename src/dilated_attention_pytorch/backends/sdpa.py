@@ -22,9 +22,9 @@ from .views import foldable, key_view, query_view
 _SMALLEST_CHUNK = 1 << 14
 
 
-def _mask_bias(dtype: torch.dtype) -> float:
-    """A number whose negated square, times the scale, is the score of a masked key; exact in every dtype."""
-    return 2.0**14 if dtype == torch.float16 else 2.0**50
+def _mask_factor(dtype: torch.dtype) -> float:
+    """A number whose negated square is the product q . k of a masked key; exact in the dtype."""
+    return 2.0**15 if dtype == torch.float16 else 2.0**40
 
 
 def _width(problem: Problem, *, grad_lse: bool) -> int:
@@ -47,8 +47,9 @@ def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem (or its backward with a gradient of the lse), or None."""
     if problem.options.dropout_p:
         return "the vendor kernels draw dropout masks of their own, which no other backend can reproduce"
-    if problem.has_mask and problem.options.scale < (1e-3 if problem.dtype == torch.float16 else 1e-20):
-        return f"a key_padding_mask is carried by a column of the scores, which scale={problem.options.scale} drowns"
+    least = 2.0**-20 if problem.dtype == torch.float16 else 2.0**-60
+    if problem.has_mask and not least <= problem.options.scale <= 2.0**40:
+        return f"a key_padding_mask goes in as a column of huge scores, out of range at scale={problem.options.scale}"
     kernel = kernel_for(problem, grad_lse=grad_lse)
     return kernel if isinstance(kernel, str) else None
 
@@ -137,10 +138,10 @@ def _carry(
         return _pad(query, width), _pad(key, width), _pad(value, width)
     hidden = mask[:, :, None, None]
     key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)  # 0 * NaN would leak
-    column, bias = max(problem.shape.head_dim, problem.shape.value_dim), _mask_bias(query.dtype)
+    column, factor = max(problem.shape.head_dim, problem.shape.value_dim), _mask_factor(query.dtype)
     query, key = _pad(query, width), _pad(key, width)
-    query[..., column] = bias
-    key[..., column] = torch.where(mask, -bias, 0.0).to(key.dtype).unsqueeze(-1)
+    query[..., column] = factor
+    key[..., column] = torch.where(mask, -factor, 0.0).to(key.dtype).unsqueeze(-1)
     return query, key, _pad(value, width)
 
 
@@ -162,17 +163,24 @@ def forward(
     assert isinstance(kernel, Kernel), kernel
     width = _round_up(kernel, _width(problem, grad_lse=False))
     carried = _carry(query, key, value, problem, mask, width)
-    out, lse = _run(kernel, *carried, problem, problem.plan)
+    out, lse = _run(kernel, *carried, problem, problem.plan, mask)
     return out[..., : value.shape[3]].to(query.dtype).contiguous(), lse
 
 
+def _no_keys(mask: Tensor, key: Tensor, call: Call) -> Tensor:
+    """Which query rows of a call have every key masked: bool, (outer, inner, query rows or 1)."""
+    hidden = key_view(mask.contiguous()[:, :, None, None].expand(*key.shape[:3], 1), call)[..., 0]
+    if call.is_causal:
+        return (~hidden).cumsum(-1, dtype=torch.int32) == 0
+    return hidden.all(-1, keepdim=True)
+
+
 def _run(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Problem, plan: Plan
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, problem: Problem, plan: Plan, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """All calls of a plan, joined in the accumulators' dtype."""
     acc = accumulator_dtype(query.dtype)
     rows, limit = query.shape[:3], _limit(problem)
-    drowned = -0.5 * problem.options.scale * _mask_bias(query.dtype) ** 2
     out: Tensor | None = None
     lse = query.new_empty(rows, dtype=acc) if plan.covers_first else query.new_full(rows, -torch.inf, dtype=acc)
     if not plan.covers_first:
@@ -189,8 +197,8 @@ def _run(
                 part.is_causal,
                 problem.options.scale,
             )
-            if problem.has_mask:
-                part_lse = part_lse.masked_fill(part_lse < drowned, -torch.inf)
+            if mask is not None:
+                part_lse = part_lse.masked_fill(_no_keys(mask, key, part), -torch.inf)
             if part.zero_keys:
                 part_out = part_out.to(acc)
                 add_zero_keys_(part_out, part_lse, part.zero_keys)
@@ -247,8 +255,11 @@ def backward(
         out_ = _pad(out, width)
         if grad_lse is not None:
             # delta = rowsum(dO * O) - dLSE, as columns that meet zeros everywhere else.
-            first, rest = width - _lse_columns(query.dtype), grad_lse
-            grad_out_[..., first:] = 1
+            # A power of two keeps what float16 cannot hold in range.
+            first, largest = width - _lse_columns(query.dtype), torch.finfo(query.dtype).max / 4
+            factor = (grad_lse.abs().amax() / largest).clamp(min=1).log2().ceil().exp2()
+            grad_out_[..., first:] = factor.to(query.dtype)
+            rest = grad_lse / factor
             for column in range(first, width):
                 out_[..., column] = -rest
                 rest = rest + out_[..., column]
@@ -258,7 +269,7 @@ def backward(
         parts = []
         for index in range(len(problem.pattern.branches)):
             alone = problem.branch(index).plan
-            parts.append((alone, _run(kernel, query_, key_, value_, problem, alone)[0].to(query.dtype)))
+            parts.append((alone, _run(kernel, query_, key_, value_, problem, alone, mask)[0].to(query.dtype)))
     sums: list[Tensor | None] = [None, None, None]
     shape = problem.shape
     same_rows = shape.heads == shape.kv_heads and shape.query_rows == shape.key_rows

@@ -162,9 +162,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "context_length": 4096,
         "embed_dim": 128,
-        "num_layers": 4,
+        "num_layers": 2,
         "num_heads": 4,
-        "segment_lengths": (256, 1024, 4096),
+        "segment_lengths": (1024, 2048, 4096),
         "dilation_rates": (1, 2, 4),
         "norm": "pre-rms",
     },
