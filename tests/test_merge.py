@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_parts_join_to_the_whole(cuts):
     whole = partial(scores, values)
     bounds = (0, *cuts, 40)
     out, lse = torch.zeros(3, 7, 5, dtype=torch.float64), torch.full((3, 7), -torch.inf, dtype=torch.float64)
-    for a, b in reversed(list(zip(bounds[:-1], bounds[1:], strict=True))):
+    for a, b in reversed(list(pairwise(bounds))):
         if a < b:
             merge_(out, lse, *partial(scores[..., a:b], values[:, a:b]))
     torch.testing.assert_close(out, whole[0], atol=1e-14, rtol=1e-13)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -114,7 +115,7 @@ def test_geometric_patterns_are_valid_and_grow(seq_len, rule, first_segment, rat
     if num_branches:
         assert len(lengths) == num_branches
     if rule == "longnet":
-        assert all(b == a * ratio for a, b in zip(lengths, lengths[1:], strict=False))
+        assert all(b == a * ratio for a, b in pairwise(lengths))
         if num_branches is None:
             assert lengths[-1] >= seq_len
             assert len(lengths) == 1 or lengths[-2] < seq_len
