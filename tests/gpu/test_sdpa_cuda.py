@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
 from dilated_attention_pytorch.backends import vendor
@@ -205,7 +206,7 @@ def test_reference_runs_there_too(dtype, options):
 
 
 def test_autocast_and_one_compile():
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def attend(*tensors):
