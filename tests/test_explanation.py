@@ -89,7 +89,7 @@ def test_auto_says_why_it_passes_a_backend_over():
 
 def test_an_explicit_backend_that_cannot_raises():
     shape = (1, 32, 2, 8)
-    with pytest.raises(ValueError, match="backend 'sdpa' cannot compute this: .*dropout"):
+    with pytest.raises(ValueError, match=r"backend 'sdpa' cannot compute this: .*dropout"):
         explain(shape, shape, shape, [16], [1], dropout_p=0.1, backend="sdpa")
 
 

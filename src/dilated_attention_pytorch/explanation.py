@@ -107,8 +107,10 @@ def explain(
     >>> plan.backend, len(plan.calls), plan.rows_without_branch
     ('sdpa', 3, 0)
     """
+    given = {"query": query, "key": key, "value": value}
     q, k, v = (
-        t if isinstance(t, Tensor) else torch.empty(tuple(t), dtype=dtype, device="meta") for t in (query, key, value)
+        t if isinstance(t, Tensor) else torch.empty(as_shape(name, t), dtype=dtype, device="meta")
+        for name, t in given.items()
     )
     problem = describe(q, k, v, segment_lengths, dilation_rates, device=device, **options)
     choice = choose(backend, problem)
@@ -134,6 +136,16 @@ def explain(
         rows=shape.batch * shape.query_rows * shape.heads,
         rows_without_branch=_rows_without_branch(problem),
     )
+
+
+def as_shape(name: str, given: object) -> tuple[int, ...]:
+    """``given`` as the shape of a tensor, or a ValueError."""
+    if not isinstance(given, (tuple, list, torch.Size)) or not all(isinstance(n, int) and n >= 0 for n in given):
+        raise ValueError(
+            f"{name} is of type {type(given).__name__}; give a torch.Tensor, or a shape of integers "
+            "(batch, rows, heads, head dim)"
+        )
+    return tuple(given)
 
 
 def describe(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -167,9 +166,13 @@ def checked_arguments(
 ) -> dict[str, Any]:
     """Arguments of the operator from those of the public functions, or the ValueError that says what is wrong."""
     pattern = DilatedPattern(segment_lengths, dilation_rates, head_offsets)  # type: ignore[arg-type]  # makes tuples
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        _check_type(name, given, Tensor)
+    for name, optional in (("key_padding_mask", key_padding_mask), ("cu_seqlens", cu_seqlens)):
+        _check_type(name, optional, (Tensor, type(None)))
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
-    _check_options(query, scale, dropout_p, padding, mixing_grad)
+    _check_options(query, is_causal, scale, dropout_p, padding, mixing_grad)
     _check_rows(query, key, key_padding_mask, cu_seqlens, key_start)
     per_row = isinstance(key_start, Tensor)
     return {
@@ -202,6 +205,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} has layout {tensor.layout}; give a dense tensor")
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give (batch, rows, heads, head dim)")
         if tensor.dtype not in _DTYPES:
@@ -229,9 +234,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _check_options(query: Tensor, scale: float | None, dropout_p: float, padding: str, mixing_grad: str) -> None:
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale!r}; give a finite number, or None for 1 / sqrt({query.shape[3]})")
+def _check_type(name: str, given: object, allowed: type | tuple[type, ...]) -> None:
+    if not isinstance(given, allowed):
+        raise ValueError(f"{name} is of type {type(given).__name__}; give a torch.Tensor")
+
+
+def _check_options(
+    query: Tensor, is_causal: bool, scale: float | None, dropout_p: float, padding: str, mixing_grad: str
+) -> None:
+    if not isinstance(is_causal, bool):
+        raise ValueError(f"is_causal is {is_causal!r}; give True or False")
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < 1e38):
+        raise ValueError(f"scale is {scale!r}; give a finite number below 1e38, or None for 1 / sqrt({query.shape[3]})")
     if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
         raise ValueError(f"dropout_p is {dropout_p!r}; give a probability of at least 0 and below 1")
     for name, value, allowed in (
@@ -266,5 +280,7 @@ def _check_rows(
     if isinstance(key_start, Tensor):
         if tuple(key_start.shape) != (batch,):
             raise ValueError(f"key_start has shape {tuple(key_start.shape)}; give an int or shape ({batch},)")
+    elif isinstance(key_start, int) and not -(2**62) < key_start < 2**62:
+        raise ValueError(f"key_start is {key_start}; give a position between -2**62 and 2**62")
     elif isinstance(key_start, bool) or not isinstance(key_start, (int, torch.SymInt)):
         raise ValueError(f"key_start is {key_start!r}; give an int or an int64 tensor of shape ({batch},)")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import reference
 from .backends.dispatch import choose
-from .explanation import describe
+from .explanation import as_shape, describe
 from .functional import dilated_attention_with_lse
 from .testing import error_bound, max_error
 
@@ -88,7 +88,8 @@ def verify(
         drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
         return drawn.to(device=like.device, dtype=like.dtype) if like is not None else drawn.to(device, dtype)
 
-    q, k, v = (t if isinstance(t, Tensor) else draw(t) for t in (query, key, value))
+    given = {"query": query, "key": key, "value": value}
+    q, k, v = (t if isinstance(t, Tensor) else draw(as_shape(name, t)) for name, t in given.items())
     problem = describe(q, k, v, segment_lengths, dilation_rates, **options)
     choice = choose(backend, problem)
     with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):

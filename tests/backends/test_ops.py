@@ -94,6 +94,7 @@ def test_decoding_positions_take_two_compiles():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.full  # needs a C++ compiler
 def test_inductor_gives_what_eager_gives():
     leaves = [draw(1, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
 

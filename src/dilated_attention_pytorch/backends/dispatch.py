@@ -65,7 +65,7 @@ class Choice:
 
 def check_backend(name: str) -> None:
     """Raise ValueError for a name that no backend has."""
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -72,8 +72,7 @@ def make_problem(
     )
 
 
-@torch.library.custom_op("dilated_attention_pytorch::forward", mutates_args=())
-def attention_forward(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -104,8 +103,7 @@ def attention_forward(
         )
 
 
-@attention_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = query.shape[:3]
     return (
         query.new_empty(*rows, value.shape[3]),
@@ -113,8 +111,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     )
 
 
-@torch.library.custom_op("dilated_attention_pytorch::backward", mutates_args=())
-def attention_backward(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -155,8 +152,7 @@ def attention_backward(
         )  # fmt: skip
 
 
-@attention_backward.register_fake
-def _(
+def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
@@ -169,7 +165,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     empty = (None,) * (4 + len(ctx.rest))
     if grad_out is None and grad_lse is None:
         return None, None, None, *empty
@@ -178,4 +174,24 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return *attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest), *empty
 
 
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
+def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("dilated attention is differentiable once; its gradients have no derivative")
+
+
+def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an operator of a function, with a schema from its annotations.
+
+    `torch.library.custom_op` does the same and wraps the function in `torch._dynamo.disable`, whose import costs the
+    first call some two seconds; an operator is opaque to dynamo without that.
+    """
+    qualified = f"dilated_attention_pytorch::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+    torch.library.register_fake(qualified, fake)
+    return cast(Callable[..., Any], getattr(torch.ops.dilated_attention_pytorch, name).default)
+
+
+attention_forward = _register("forward", _forward, _fake_forward)
+attention_backward = _register("backward", _backward, _fake_backward)
+torch.library.register_autograd("dilated_attention_pytorch::backward", _refuse)
+torch.library.register_autograd("dilated_attention_pytorch::forward", _differentiate, setup_context=_setup_context)

@@ -57,7 +57,7 @@ def train(
         int | None, typer.Option(help="Bytes of context. Another than the preset's gets segments of its own.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, windows and the sample.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (with --resume, as before), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
         Dtype | None, typer.Option(help="bfloat16 is autocast. By default bfloat16 on CUDA, else float32.")
     ] = None,
@@ -107,12 +107,13 @@ def _open(
 
     from ..training import RunConfig, parse_device, resume_run, start_run
 
-    where = parse_device(device)
     preset = given.get("preset", "demo")
     if resume:
         folder = output or _default_folder(preset, taken=True)
-        trainer, notes = resume_run(folder, given, device=where, compile_model=compile_model)
+        same = None if device == "auto" else parse_device(device)
+        trainer, notes = resume_run(folder, given, device=same, compile_model=compile_model)
     else:
+        where = parse_device(device)
         config = RunConfig.from_preset(
             **{"preset": preset, "dtype": "bfloat16" if where.type == "cuda" else "float32", **given}
         )

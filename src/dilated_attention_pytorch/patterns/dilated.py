@@ -18,8 +18,8 @@ def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name} has {value!r} of type {type(value).__name__}; give integers")
-        if value < 1:
-            raise ValueError(f"{name} has {value}; every entry must be at least 1")
+        if not 1 <= value < 2**62:
+            raise ValueError(f"{name} has {value}; every entry must be at least 1 (and below 2**62)")
     return tuple(values)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_checkpoint
 from .config import RunConfig
 from .corpus import Corpus, open_packed, pack
 from .loop import Trainer
@@ -63,13 +63,13 @@ def start_run(config: RunConfig, folder: Path, *, device: torch.device, compile_
 
 
 def resume_run(
-    folder: Path, given: Mapping[str, Any], *, device: torch.device, compile_model: bool = False
+    folder: Path, given: Mapping[str, Any], *, device: torch.device | None, compile_model: bool = False
 ) -> tuple[Trainer, list[str]]:
     """Continue the run in ``folder`` from its newest complete checkpoint; returns it and notes for the user.
 
     ``given`` holds options by name as the user gave them; they must be those of the run, but for
     `FREE_OPTIONS`. The text is the packed copy in the folder; where that is missing or damaged, it is packed
-    again from its sources.
+    again from its sources. ``device`` None is the kind of device that the run was on, if there is one here.
 
     Raises:
         CheckpointError: no complete checkpoint, or one that does not fit.
@@ -102,8 +102,17 @@ def resume_run(
     except ValueError as error:
         notes.append(f"{error}; packing the text again")
         corpus = _pack(config, folder)
+    device = device or _device_of(checkpoint)
     trainer = Trainer(config, corpus, folder, device=device, compile_model=compile_model)
     return trainer, notes + trainer.restore(checkpoint)
+
+
+def _device_of(checkpoint: Checkpoint) -> torch.device:
+    """The kind of device that wrote a checkpoint, or "auto" where that cannot be used or is not recorded."""
+    try:
+        return parse_device(str(checkpoint.records["progress"]["environment"]["device"]))
+    except (KeyError, TypeError, ValueError):
+        return parse_device("auto")
 
 
 def _shown(value: object) -> str:
