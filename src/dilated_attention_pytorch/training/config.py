@@ -196,14 +196,14 @@ class RunConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "steps": 1760,
+        "steps": 1200,
         "batch_size": 1,
         "learning_rate": 3e-3,
         "stages": (Stage(0.795, 256, 2), Stage(0.17, 1024)),
         "warmup_steps": 20,
-        "eval_every": 440,
+        "eval_every": 200,
         "eval_windows": 12,
-        "checkpoint_every": 440,
+        "checkpoint_every": 200,
         "sample_bytes": 300,
     },
     "small": {"steps": 10_000, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 500},

@@ -130,12 +130,11 @@ class Trainer:
         keep = self.config.training.keep_checkpoints
         return write_checkpoint(self.folder / "checkpoints", checkpoint, keep=keep)
 
-    def evaluate(self, *, count: int) -> float:
-        """Mean bits per byte over ``count`` held-out windows, evenly chosen from those of the run."""
+    def evaluate(self, *, count: int, context: int) -> float:
+        """Mean bits per byte over ``count`` of the run's held-out windows, seeing at most ``context`` bytes."""
         stride = max(1, len(self.held_out) // count)
-        bits = bits_by_position(
-            self._forward, self.held_out[::stride][:count], device=self.device, autocast=self.autocast
-        )
+        windows = self.held_out[::stride][:count]
+        bits = bits_by_position(self._forward, windows, context=context, device=self.device, autocast=self.autocast)
         return float(bits.double().mean())
 
     def train(self, reporter: Reporter, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -153,8 +152,10 @@ class Trainer:
                 reporter.record(entry)
 
             def evaluate() -> None:
-                bits = self.evaluate(count=training.eval_windows)
-                record({"kind": "held-out", "step": self.step, "bits_per_byte": bits})
+                # The context that the last step trained: a longer one says nothing about a stage of short windows.
+                context = self.config.window_shape(max(0, self.step - 1))[1]
+                bits = self.evaluate(count=training.eval_windows, context=context)
+                record({"kind": "held-out", "step": self.step, "bits_per_byte": bits, "context": context})
 
             if not self._resumed:
                 evaluate()

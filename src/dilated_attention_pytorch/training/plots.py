@@ -68,13 +68,13 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
             color=COLORS[1],
             marker="o",
             markersize=4,
-            label="held-out files",
+            label="held-out files, at the context trained so far",
         )
         last = held_out[-1]
         axes.annotate(
             f"{last['bits_per_byte']:.2f}",
             (last["step"], last["bits_per_byte"]),
-            xytext=(0, 9),
+            xytext=(0, -16),
             textcoords="offset points",
             ha="center",
             color=COLORS[1],
