@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
         ["git", "status", "--porcelain", "--", "src"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     found: dict[str, Any] = {
-        "command": "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "command": f"python {Path(sys.argv[0]).resolve().relative_to(ROOT)}",
         "commit": git.stdout.strip() + (" with changes in src" if changed.stdout.strip() else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "python": platform.python_version(),
