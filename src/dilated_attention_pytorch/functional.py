@@ -248,6 +248,11 @@ def _check_options(
         raise ValueError(f"scale is {scale!r}; give a finite number below 1e38, or None for 1 / sqrt({query.shape[3]})")
     if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
         raise ValueError(f"dropout_p is {dropout_p!r}; give a probability of at least 0 and below 1")
+    check_choices(padding, mixing_grad)
+
+
+def check_choices(padding: str, mixing_grad: str) -> None:
+    """Raise ValueError for a value of ``padding`` or ``mixing_grad`` that does not exist."""
     for name, value, allowed in (
         ("padding", padding, get_args(Padding)),
         ("mixing_grad", mixing_grad, get_args(MixingGrad)),

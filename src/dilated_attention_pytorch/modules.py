@@ -7,14 +7,13 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.dispatch import check_backend
-from .functional import dilated_attention
+from .functional import check_choices, dilated_attention
 from .patterns import DilatedPattern
 from .types import HeadOffsets, MixingGrad, Padding
 
@@ -55,12 +54,7 @@ class DilatedAttention(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout!r}; give a probability of at least 0 and below 1")
-        for name, value, allowed in (
-            ("padding", padding, get_args(Padding)),
-            ("mixing_grad", mixing_grad, get_args(MixingGrad)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+        check_choices(padding, mixing_grad)
         check_backend(backend)
         self.pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
         self.is_causal = is_causal

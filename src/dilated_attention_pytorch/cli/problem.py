@@ -54,6 +54,7 @@ def read_problem(
     import torch
 
     from .. import DilatedPattern
+    from ..training import parse_device
 
     if (segments is None) != (rates is None):
         raise ValueError("one of --segments and --rates is given; give both, or neither for LongNet's rule")
@@ -61,11 +62,6 @@ def read_problem(
         pattern = DilatedPattern.geometric(length, max_rate=max(1, heads))
     else:
         pattern = DilatedPattern(_integers("--segments", segments), _integers("--rates", rates))
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     kv = heads if kv_heads is None else kv_heads
     shapes = (
         (batch, length if query_length is None else query_length, heads, head_dim),
@@ -75,7 +71,7 @@ def read_problem(
     for shape in shapes:
         if min(shape) < 1:
             raise ValueError(f"shape {shape} of (batch, rows, heads, head dim); every size must be at least 1")
-    chosen = {"device": found, "dtype": getattr(torch, dtype.value), **options}
+    chosen = {"device": parse_device(device), "dtype": getattr(torch, dtype.value), **options}
     return (*shapes, pattern.segment_lengths, pattern.dilation_rates), chosen
 
 
