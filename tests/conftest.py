@@ -10,6 +10,10 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """One torch thread a process, here and in child processes: tests are small, and workers share the cores."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch on import
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

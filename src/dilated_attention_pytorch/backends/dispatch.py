@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import reference, sdpa
+from . import reference, sdpa, triton
 from .problem import Problem
 
 
@@ -46,8 +47,30 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference}
-"""Every backend, the one that auto prefers first."""
+_MANY_CALLS = 64
+"""Launches of vendor kernels and merges that cost more than one launch of a slower kernel."""
+
+BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "triton": triton, "reference": reference}
+"""Every backend."""
+
+
+def preference(problem: Problem) -> tuple[str, ...]:
+    """The backends that "auto" tries, the fastest first: a pure function of the problem.
+
+    On a GPU the fused Triton kernels take what the vendor's cannot say (dropout) or say only by copies of every
+    tensor (masks, zero keys, a gradient of the lse, grouped heads in more calls).
+    """
+    if torch.device(problem.device).type != "cuda":
+        return "sdpa", "reference"
+    shape, options = problem.shape, problem.options
+    awkward = (
+        problem.has_mask
+        or (options.padding == "zeros" and not options.is_causal)
+        or shape.head_dim != shape.value_dim
+        or shape.head_dim % 8 != 0
+        or len(problem.plan.calls) > _MANY_CALLS
+    )
+    return ("triton", "sdpa", "reference") if awkward else ("sdpa", "triton", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +107,8 @@ def choose(name: str, problem: Problem, *, grad_lse: bool = False) -> Choice:
             raise ValueError(f"backend {name!r} cannot compute this: {reason}; use backend='auto' or 'reference'")
         return Choice(name, ())
     skipped: list[tuple[str, str]] = []
-    for candidate, backend in BACKENDS.items():
-        reason = backend.unsupported(problem, grad_lse=grad_lse)
+    for candidate in preference(problem):
+        reason = BACKENDS[candidate].unsupported(problem, grad_lse=grad_lse)
         if reason is None:
             return Choice(candidate, tuple(skipped))
         skipped.append((candidate, reason))
@@ -101,5 +124,8 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     from .vendor import KERNELS
 
     kind = torch.device(device).type
-    fused = any(kernel.device == kind for kernel in KERNELS)
-    return tuple(name for name in BACKENDS if name != "sdpa" or fused)
+    absent = {
+        "sdpa": all(kernel.device != kind for kernel in KERNELS),
+        "triton": kind != "cuda" or find_spec("triton") is None,
+    }
+    return tuple(name for name in BACKENDS if not absent.get(name, False))

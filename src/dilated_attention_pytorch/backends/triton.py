@@ -1,0 +1,312 @@
+"""The fused kernels in plain Triton, for every GPU that Triton supports: every option, no partial results in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels import interpreted
+from ..patterns import DilatedPattern
+from ..patterns.tiles import cells, class_stride
+from ..types import Document, Shape
+from .problem import Problem
+
+_LARGEST_DIM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Rows of a tile, rows of a block that it meets, and how the compiler shall spread them."""
+
+    block: int
+    others: int
+    warps: int
+    stages: int
+
+
+def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
+    """Why this backend cannot compute the problem, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    kind = torch.device(problem.device).type
+    if kind != "cuda" and not (kind == "cpu" and interpreted()):
+        return f"Triton has no kernels for {kind} tensors"
+    if kind == "cpu" and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bits of bfloat16 numbers as integers"
+    if problem.dtype == torch.float64:
+        return "the kernels accumulate in float32, too little for float64"
+    if kind == "cuda" and torch.version.hip is None and _capability(problem.device) < (8, 0):
+        return "the kernels need compute capability 8.0 or later"
+    largest = max(problem.shape.head_dim, problem.shape.value_dim)
+    if largest > _LARGEST_DIM:
+        return f"a head dim of {largest} does not fit a tile; at most {_LARGEST_DIM}"
+    if problem.options.scale <= 0:
+        return f"the kernels need a positive scale, not {problem.options.scale}: they look for the largest score first"
+    return None
+
+
+def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
+    """Predicted bytes allocated beyond the inputs at the peak, the result included."""
+    shape, size = problem.shape, problem.dtype.itemsize
+    rows, keys = shape.batch * shape.query_rows * shape.heads, shape.batch * shape.key_rows * shape.kv_heads
+    if not backward:
+        return rows * (shape.value_dim * size + 4)
+    deltas, own = 1, 0
+    if problem.options.mixing_grad == "detached":
+        deltas, own = len(problem.pattern.branches), rows * (shape.value_dim * size + 4)
+    gradients = rows * shape.head_dim * size + keys * (shape.head_dim + shape.value_dim) * size
+    return max(gradients, own) + deltas * rows * 4
+
+
+@lru_cache(maxsize=16)
+def _capability(device: str) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: str) -> int:
+    if torch.device(device).type != "cuda":
+        return 1 << 17
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16))
+
+
+@lru_cache(maxsize=64)
+def _sizes(dim: int, itemsize: int, device: str, direction: Literal["forward", "query", "key"]) -> _Sizes:
+    """Tile sizes that ran fastest for a padded head dim, cut down to the shared memory of the device."""
+    if torch.device(device).type == "cpu":
+        return _Sizes(16, 16, 4, 1)
+    if itemsize == 4:
+        size = _Sizes(64, 32, 4, 2) if dim <= 64 else _Sizes(64, 16, 4, 2) if dim <= 128 else _Sizes(32, 16, 4, 1)
+    elif dim > 128:
+        size = _Sizes(64, 32, 4 if direction == "forward" else 8, 2)
+    elif direction == "forward":
+        size = _Sizes(128, 64, 4 if dim <= 64 else 8, 3)
+    elif direction == "query":
+        size = _Sizes(128, 64, 4 if dim <= 64 else 8, 2)
+    else:
+        size = _Sizes(128, 64, 8, 2) if dim <= 64 else _Sizes(64, 32, 4, 2)
+    resident = (1 if direction == "forward" else 2) * size.block * dim * itemsize
+    while size.stages > 1 and resident + 2 * size.stages * size.others * dim * itemsize > _shared_memory(device):
+        size = replace(size, stages=size.stages - 1)
+    return size
+
+
+@lru_cache(maxsize=64)
+def _cell_table(
+    pattern: DilatedPattern,
+    shape: Shape,
+    documents: tuple[Document, ...],
+    span: int,
+    side: Literal["query", "key"],
+    device: str,
+) -> Tensor:
+    return torch.from_numpy(cells(pattern, shape, documents, span, side)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _branch_table(pattern: DilatedPattern, device: str) -> Tensor:
+    return torch.tensor(list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)), dtype=torch.int32).to(
+        device
+    )
+
+
+def _tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
+    """The cell table on the device, and the class stride."""
+    longest = max((document.position + document.rows for document in problem.documents), default=1)
+    stride = class_stride(problem.pattern, block, longest)
+    table = _cell_table(problem.pattern, problem.shape, problem.documents, block * stride, side, problem.device)
+    return table, stride
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy with rows that start at multiples of 16 bytes, padded with zeros.
+
+    Narrower loads would be slow; and Triton 3.6 overwrites a 16-bit operand that it cannot load asynchronously while
+    the matrix unit still reads it.
+    """
+    unit = 16 // tensor.element_size()
+    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    if tensor.stride(3) == 1 and not any(n % unit for n in (tensor.shape[3], *steps)) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[3] % unit)).contiguous()
+
+
+def _shared(problem: Problem, mask: Tensor | None, seed: int | None, aligned: list[Tensor]) -> dict[str, Any]:
+    """Arguments that every kernel takes; ``aligned`` are query, key, value and in the backward pass grad_out."""
+    shape, options = problem.shape, problem.options
+    dim, value_dim = aligned[0].shape[3], aligned[2].shape[3]
+    hidden = aligned[0] if mask is None else mask.contiguous().view(torch.uint8)
+    dropout = seed is not None
+    return {
+        "hidden": hidden,
+        "hidden_batch": shape.key_rows,
+        "branches": _branch_table(problem.pattern, problem.device),
+        "num_branches": len(problem.pattern.branches),
+        "num_heads": shape.heads,
+        "group": shape.heads // shape.kv_heads,
+        "query_rows_total": shape.query_rows,
+        "first_query": shape.key_rows - shape.query_rows,
+        "scale_log2": options.scale * math.log2(math.e),
+        "seed": seed or 0,
+        "drop_below": round(options.dropout_p * 2**32) if dropout else 0,
+        "keep_scale": 1 / (1 - options.dropout_p) if dropout else 1.0,
+        "D": dim,
+        "PADDED": _padded(dim),
+        "DV": value_dim,
+        "PADDED_V": _padded(value_dim),
+        "CAUSAL": options.is_causal,
+        "interleaved": int(problem.pattern.head_offsets == "interleaved"),
+        "HIDDEN": mask is not None,
+        "DROPOUT": dropout,
+        "PRECISION": "tf32x3" if problem.dtype == torch.float32 else "tf32",
+        **{
+            f"{name}_{axis}": tensor.stride(i)
+            for name, tensor in zip("qkvg", aligned, strict=False)
+            for i, axis in enumerate(("batch", "row", "head"))
+        },
+    }
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    *,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, Nq, H, Dv), lse (B, Nq, H))."""
+    return _forward(query, key, value, problem, mask, seed)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    mask: Tensor | None,
+    seed: int | None,
+    *,
+    first_branch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``first_branch`` is what dropout counts branches from, where the problem is one branch of another."""
+    from ..kernels.forward import forward_kernel
+
+    shape = problem.shape
+    aligned = [_aligned(t) for t in (query, key, value)]
+    dim, value_dim = aligned[0].shape[3], aligned[2].shape[3]
+    whole = _covered(problem, "query")
+    out = _result((*query.shape[:3], value_dim), query, whole)
+    lse = torch.empty(query.shape[:3], device=query.device)
+    if not whole:
+        lse.fill_(-torch.inf)
+    size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
+    table, stride = _tiles(problem, size.block, "query")
+    if len(table):
+        forward_kernel[(len(table) * stride * shape.heads,)](
+            *aligned, out=out, lse=lse, cells=table, num_cells=len(table), **_shared(problem, mask, seed, aligned),
+            first_branch=first_branch, ZEROS=problem.options.padding == "zeros" and not problem.options.is_causal,
+            stride=stride, BLOCK=size.block, KEYS=size.others, num_warps=size.warps, num_stages=size.stages,
+        )  # fmt: skip
+    return (out if value_dim == shape.value_dim else out[..., : shape.value_dim].contiguous()), lse
+
+
+def _covered(problem: Problem, side: Literal["query", "key"]) -> bool:
+    """Whether a tile writes every row: rows outside documents (left padding) and keys without a query have none."""
+    shape = problem.shape
+    first = shape.key_rows - shape.query_rows
+    asked = [d for d in problem.documents if d.row + d.rows > first]
+    if side == "key":
+        return sum(d.batches * d.rows for d in asked) == shape.batch * shape.key_rows
+    return sum(d.batches * (d.row + d.rows - max(d.row, first)) for d in asked) == shape.batch * shape.query_rows
+
+
+def _result(size: tuple[int, ...], like: Tensor, whole: bool) -> Tensor:
+    make = torch.empty if whole else torch.zeros
+    return make(size, dtype=like.dtype, device=like.device)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    *,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
+    from ..kernels.backward import key_kernel, query_kernel
+
+    shape = problem.shape
+    if problem.options.mixing_grad == "exact":
+        delta = _delta(out, grad_out, grad_lse)
+        branch_stride = 0
+    else:
+        # Each branch is differentiated with its own output; the weights exp(branch lse - lse) are constants, so
+        # that P is the same and only delta differs.
+        alone = [problem.branch(i) for i in range(len(problem.pattern.branches))]
+        parts = (_forward(query, key, value, p, mask, seed, first_branch=i)[0] for i, p in enumerate(alone))
+        delta = torch.stack([_delta(part, grad_out, grad_lse) for part in parts])
+        branch_stride = delta.stride(0)
+    aligned = [_aligned(t) for t in (query, key, value, grad_out)]
+    by_key = _covered(problem, "key")
+    dq = _result(tuple(aligned[0].shape), query, _covered(problem, "query"))
+    dk, dv = (_result(tuple(t.shape), t, by_key) for t in aligned[1:3])
+    common = {
+        **_shared(problem, mask, seed, aligned),
+        "lse": lse,
+        "delta": delta,
+        "delta_branch": branch_stride,
+        "scale": problem.options.scale,
+    }
+    dim, size = max(dq.shape[3], dv.shape[3]), problem.dtype.itemsize
+    sizes = _sizes(_padded(dim), size, problem.device, "query")
+    table, stride = _tiles(problem, sizes.block, "query")
+    if len(table):
+        query_kernel[(len(table) * stride * shape.heads,)](
+            *aligned[:3], grad_out=aligned[3], grad_query=dq, cells=table, num_cells=len(table), stride=stride,
+            BLOCK=sizes.block, KEYS=sizes.others, num_warps=sizes.warps, num_stages=sizes.stages, **common,
+        )  # fmt: skip
+    sizes = _sizes(_padded(dim), size, problem.device, "key")
+    table, stride = _tiles(problem, sizes.block, "key")
+    if len(table):
+        key_kernel[(len(table) * stride * shape.kv_heads,)](
+            *aligned[:3], grad_out=aligned[3], grad_key=dk, grad_value=dv, cells=table, num_cells=len(table),
+            key_rows_total=shape.key_rows, stride=stride, BLOCK=sizes.block, QUERIES=sizes.others,
+            num_warps=sizes.warps, num_stages=sizes.stages, **common,
+        )  # fmt: skip
+    dq, dk, dv = (
+        t if t.shape[3] == like.shape[3] else t[..., : like.shape[3]].contiguous()
+        for t, like in ((dq, query), (dk, key), (dv, value))
+    )
+    return dq, dk, dv
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """delta = rowsum(dO * O) - dLSE, (B, Nq, H) float32."""
+    from ..kernels.backward import delta_kernel
+
+    delta = torch.empty(out.shape[:3], device=out.device)
+    rows = delta.numel()
+    delta_kernel[(-(-rows // 64),)](
+        out, grad_out, delta if grad_lse is None else grad_lse.contiguous(), delta, rows, *grad_out.stride()[:3],
+        out.shape[1], out.shape[2], DV=out.shape[3], PADDED_V=_padded(out.shape[3]), BLOCK=64,
+        HAS_LSE=grad_lse is not None,
+    )  # fmt: skip
+    return delta
