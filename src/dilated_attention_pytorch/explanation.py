@@ -26,6 +26,8 @@ class Explanation:
     backend: str
     kernel: str
     """The fused kernel under the backend."""
+    backend_backward: str
+    """The backend of the backward pass, which "auto" chooses by itself."""
     skipped: tuple[tuple[str, str], ...]
     """(backend, reason) for each backend that "auto" passed over."""
     calls: tuple[Call, ...]
@@ -58,6 +60,8 @@ class Explanation:
             counts[call.branch, call.dilation_rate] = counts.get((call.branch, call.dilation_rate), 0) + 1
         lines = [f"backend  {self.backend} ({self.kernel})"]
         lines += [f"         not {name}: {reason}" for name, reason in self.skipped]
+        if self.backend_backward != self.backend:
+            lines.append(f"backward {self.backend_backward}")
         if counts:
             each = ", ".join(f"{n} for branch {b} (rate {r})" for (b, r), n in sorted(counts.items()))
             lines.append(f"calls    {len(self.calls)}: {each}")
@@ -69,6 +73,14 @@ class Explanation:
             f"coverage {self.rows - self.rows_without_branch:,} of {self.rows:,} (row, head) pairs have a branch",
         ]
         return "\n".join(lines)
+
+
+_TILE_ROWS = 128
+_KERNELS = {
+    "gluon": "Gluon for Hopper, one persistent kernel",
+    "triton": "Triton, one kernel",
+    "reference": "PyTorch operations, block by block",
+}
 
 
 def _mib(count: int) -> str:
@@ -115,14 +127,16 @@ def explain(
     problem = describe(q, k, v, segment_lengths, dilation_rates, device=device, **options)
     choice = choose(backend, problem)
     shape, plan = problem.shape, problem.plan
-    kernel = sdpa.kernel_for(problem) if choice.name == "sdpa" else "PyTorch operations, block by block"
+    backwards = choose(backend, problem, backward=True)
+    kernel = sdpa.kernel_for(problem) if choice.name == "sdpa" else _KERNELS[choice.name]
     last, first = shape.key_rows, shape.key_rows - shape.query_rows
     causal_pairs = (last * (last + 1) - first * (first + 1)) // 2
     dense = causal_pairs if problem.options.is_causal else shape.query_rows * shape.key_rows
-    forward, backward = _bytes_moved(problem)
+    forward, backward = _bytes_moved(problem) if choice.name in ("sdpa", "reference") else _bytes_of_tiles(problem)
     return Explanation(
         backend=choice.name,
         kernel=kernel.name if isinstance(kernel, Kernel) else kernel,
+        backend_backward=backwards.name,
         skipped=choice.skipped,
         calls=plan.calls if choice.name == "sdpa" else (),
         pairs=plan.pairs,
@@ -132,7 +146,7 @@ def explain(
         bytes_forward=forward,
         bytes_backward=backward,
         peak_bytes_forward=choice.backend.peak_bytes(problem),
-        peak_bytes_backward=choice.backend.peak_bytes(problem, backward=True),
+        peak_bytes_backward=backwards.backend.peak_bytes(problem, backward=True),
         rows=shape.batch * shape.query_rows * shape.heads,
         rows_without_branch=_rows_without_branch(problem),
     )
@@ -176,6 +190,15 @@ def _bytes_moved(problem: Problem) -> tuple[int, int]:
         forward += size * (inputs + 2 * queries * shape.value_dim) + joins * acc * queries * (shape.value_dim + 1)
         backward += size * (2 * inputs + inputs + 2 * queries * shape.value_dim) + joins * acc * inputs
     return forward, backward
+
+
+def _bytes_of_tiles(problem: Problem) -> tuple[int, int]:
+    """The same for kernels that keep a tile of rows in registers while the keys of all its branches pass by."""
+    shape, size = problem.shape, problem.dtype.itemsize
+    rows = shape.batch * shape.query_rows * shape.heads
+    met = problem.plan.pairs // _TILE_ROWS
+    forward = size * (rows + met) * (shape.head_dim + shape.value_dim) + 4 * rows
+    return forward, 2 * forward + size * (rows + met) * (shape.head_dim + shape.value_dim)
 
 
 def _rows_without_branch(problem: Problem) -> int:

@@ -31,6 +31,9 @@ OPTIONS = {
     "left_padding": {"key_start": (-20, -3), "batch": 2, "is_causal": True},
     "evicted": {"key_start": 17, "query_rows": 5, "is_causal": True},
     "one_query": {"query_rows": 1, "is_causal": True},
+    "decode": {"query_rows": 3, "key_rows": 300, "segment_lengths": (64, 300), "is_causal": True, "batch": 2},
+    "decode_zeros": {"query_rows": 2, "key_rows": 150, "segment_lengths": (64, 200), "padding": "zeros"},
+    "decode_mask": {"query_rows": 2, "key_rows": 150, "segment_lengths": (64, 200), "hidden": "random", "group": 2},
     "chunk": {"query_rows": 29},
     "one_row": {"key_rows": 1},
     "more_rate_than_heads": {"segment_lengths": (20, 34), "dilation_rates": (5, 8)},
@@ -38,7 +41,7 @@ OPTIONS = {
     "scale": {"scale": 0.9},
     "layouts": {"layouts": ("packed", "columns", "expanded", "strided_rows"), "batch": 2},
 }
-HALF = ("plain", "causal", "random_mask_causal", "zeros_detached", "evicted", "coprime")
+HALF = ("plain", "decode_mask", "causal", "random_mask_causal", "zeros_detached", "evicted", "coprime")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

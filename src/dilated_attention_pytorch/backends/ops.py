@@ -139,7 +139,7 @@ def _backward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, segment_lengths, dilation_rates, key_start,
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
     )  # fmt: skip
-    chosen = choose(backend, problem, grad_lse=grad_lse is not None).backend
+    chosen = choose(backend, problem, backward=True, grad_lse=grad_lse is not None).backend
     # A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further.
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)

@@ -35,7 +35,7 @@ class _Block:
     keep: Tensor | None  # (b, heads, query rows, key rows) bool, under dropout
 
 
-def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
+def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem: it always can."""
     return None
 

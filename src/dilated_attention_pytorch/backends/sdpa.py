@@ -43,7 +43,7 @@ def kernel_for(problem: Problem, *, grad_lse: bool = False) -> Kernel | str:
     return find_kernel(problem.device, problem.dtype, _width(problem, grad_lse=grad_lse))
 
 
-def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
+def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem (or its backward with a gradient of the lse), or None."""
     if problem.options.dropout_p:
         return "the vendor kernels draw dropout masks of their own, which no other backend can reproduce"

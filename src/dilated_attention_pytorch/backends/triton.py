@@ -18,6 +18,8 @@ from ..types import Document, Shape
 from .problem import Problem
 
 _LARGEST_DIM = 256
+_DECODED_ROWS = 8
+"""Query rows up to which the keys of each are shared among programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class _Sizes:
     stages: int
 
 
-def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
+def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -41,8 +43,14 @@ def unsupported(problem: Problem, *, grad_lse: bool = False) -> str | None:
         return "Triton's interpreter multiplies the bits of bfloat16 numbers as integers"
     if problem.dtype == torch.float64:
         return "the kernels accumulate in float32, too little for float64"
-    if kind == "cuda" and torch.version.hip is None and _capability(problem.device) < (8, 0):
+    if kind == "cuda" and torch.version.hip is None and capability(problem.device) < (8, 0):
         return "the kernels need compute capability 8.0 or later"
+    if (
+        kind == "cuda"
+        and problem.dtype.itemsize == 2
+        and _padded(problem.shape.value_dim) < _padded(problem.shape.head_dim)
+    ):
+        return "with a value dim narrower than the head dim Triton 3.6 gives wrong sums in half precision"
     largest = max(problem.shape.head_dim, problem.shape.value_dim)
     if largest > _LARGEST_DIM:
         return f"a head dim of {largest} does not fit a tile; at most {_LARGEST_DIM}"
@@ -65,7 +73,7 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
 
 
 @lru_cache(maxsize=16)
-def _capability(device: str) -> tuple[int, int]:
+def capability(device: str) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
@@ -111,12 +119,10 @@ def _cell_table(
 
 @lru_cache(maxsize=64)
 def _branch_table(pattern: DilatedPattern, device: str) -> Tensor:
-    return torch.tensor(list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)), dtype=torch.int32).to(
-        device
-    )
+    return torch.tensor(_pairs(pattern), dtype=torch.int32).to(device)
 
 
-def _tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
+def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
     """The cell table on the device, and the class stride."""
     longest = max((document.position + document.rows for document in problem.documents), default=1)
     stride = class_stride(problem.pattern, block, longest)
@@ -206,23 +212,73 @@ def _forward(
     shape = problem.shape
     aligned = [_aligned(t) for t in (query, key, value)]
     dim, value_dim = aligned[0].shape[3], aligned[2].shape[3]
-    whole = _covered(problem, "query")
+    whole = covered(problem, "query")
     out = _result((*query.shape[:3], value_dim), query, whole)
     lse = torch.empty(query.shape[:3], device=query.device)
     if not whole:
         lse.fill_(-torch.inf)
+    common = _shared(problem, mask, seed, aligned) | {
+        "out": out,
+        "lse": lse,
+        "first_branch": first_branch,
+        "ZEROS": problem.options.padding == "zeros" and not problem.options.is_causal,
+    }
+    if shape.query_rows <= _DECODED_ROWS:
+        _decode(aligned, problem, common)
+        return _narrow(out, shape.value_dim), lse
     size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
-    table, stride = _tiles(problem, size.block, "query")
+    table, stride = tiles(problem, size.block, "query")
     if len(table):
         forward_kernel[(len(table) * stride * shape.heads,)](
-            *aligned, out=out, lse=lse, cells=table, num_cells=len(table), **_shared(problem, mask, seed, aligned),
-            first_branch=first_branch, ZEROS=problem.options.padding == "zeros" and not problem.options.is_causal,
-            stride=stride, BLOCK=size.block, KEYS=size.others, num_warps=size.warps, num_stages=size.stages,
+            *aligned, cells=table, num_cells=len(table), stride=stride, BLOCK=size.block, KEYS=size.others,
+            num_warps=size.warps, num_stages=size.stages, **common,
         )  # fmt: skip
-    return (out if value_dim == shape.value_dim else out[..., : shape.value_dim].contiguous()), lse
+    return _narrow(out, shape.value_dim), lse
 
 
-def _covered(problem: Problem, side: Literal["query", "key"]) -> bool:
+def _narrow(tensor: Tensor, dim: int) -> Tensor:
+    """Without the columns that `_aligned` added."""
+    return tensor if tensor.shape[3] == dim else tensor[..., :dim].contiguous()
+
+
+def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> None:
+    """Few query rows: programs that share a row's keys fill the device where tiles of rows cannot."""
+    from ..kernels.decode import decode_kernel
+
+    shape, device = problem.shape, aligned[0].device
+    table = _cell_table(problem.pattern, shape, problem.documents, 1, "query", problem.device)
+    tasks = len(table) * shape.heads
+    if not tasks:
+        return
+    keys = 64 if common["PADDED"] * aligned[0].element_size() <= 256 else 32
+    longest = max(document.position + document.rows for document in problem.documents)
+    blocks = sum(-(-min(w, longest) // r // keys) for w, r in _pairs(problem.pattern))
+    wanted = max(1, min(blocks // 2, 4 * _processors(problem.device) // tasks, 64))
+    splits = 1 << (wanted.bit_length() - 1)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    decode_kernel[(tasks * splits,)](
+        *aligned, parts=torch.empty(tasks * splits, common["PADDED_V"] + 2, device=device),
+        tickets=_tickets(1 << (tasks - 1).bit_length(), problem.device, stream), cells=table, num_cells=len(table),
+        stride=1, KEYS=keys, SPLITS=splits, num_warps=4, num_stages=2, **common,
+    )  # fmt: skip
+
+
+def _pairs(pattern: DilatedPattern) -> list[tuple[int, int]]:
+    return list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
+
+
+@lru_cache(maxsize=16)
+def _processors(device: str) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else 2
+
+
+@lru_cache(maxsize=64)
+def _tickets(count: int, device: str, stream: int) -> Tensor:
+    """Counters that every launch leaves at zero; one set a stream, since launches of one stream never overlap."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def covered(problem: Problem, side: Literal["query", "key"]) -> bool:
     """Whether a tile writes every row: rows outside documents (left padding) and keys without a query have none."""
     shape = problem.shape
     first = shape.key_rows - shape.query_rows
@@ -230,6 +286,15 @@ def _covered(problem: Problem, side: Literal["query", "key"]) -> bool:
     if side == "key":
         return sum(d.batches * d.rows for d in asked) == shape.batch * shape.key_rows
     return sum(d.batches * (d.row + d.rows - max(d.row, first)) for d in asked) == shape.batch * shape.query_rows
+
+
+def outside(problem: Problem, device: torch.device) -> Tensor:
+    """Which query rows lie in no document: (B, Nq) bool."""
+    shape = problem.shape
+    absent = torch.ones(shape.batch, shape.key_rows, dtype=torch.bool)
+    for d in problem.documents:
+        absent[d.batch : d.batch + d.batches, d.row : d.row + d.rows] = False
+    return absent[:, shape.key_rows - shape.query_rows :].to(device)
 
 
 def _result(size: tuple[int, ...], like: Tensor, whole: bool) -> Tensor:
@@ -265,8 +330,8 @@ def backward(
         delta = torch.stack([_delta(part, grad_out, grad_lse) for part in parts])
         branch_stride = delta.stride(0)
     aligned = [_aligned(t) for t in (query, key, value, grad_out)]
-    by_key = _covered(problem, "key")
-    dq = _result(tuple(aligned[0].shape), query, _covered(problem, "query"))
+    by_key = covered(problem, "key")
+    dq = _result(tuple(aligned[0].shape), query, covered(problem, "query"))
     dk, dv = (_result(tuple(t.shape), t, by_key) for t in aligned[1:3])
     common = {
         **_shared(problem, mask, seed, aligned),
@@ -277,24 +342,21 @@ def backward(
     }
     dim, size = max(dq.shape[3], dv.shape[3]), problem.dtype.itemsize
     sizes = _sizes(_padded(dim), size, problem.device, "query")
-    table, stride = _tiles(problem, sizes.block, "query")
+    table, stride = tiles(problem, sizes.block, "query")
     if len(table):
         query_kernel[(len(table) * stride * shape.heads,)](
             *aligned[:3], grad_out=aligned[3], grad_query=dq, cells=table, num_cells=len(table), stride=stride,
             BLOCK=sizes.block, KEYS=sizes.others, num_warps=sizes.warps, num_stages=sizes.stages, **common,
         )  # fmt: skip
     sizes = _sizes(_padded(dim), size, problem.device, "key")
-    table, stride = _tiles(problem, sizes.block, "key")
+    table, stride = tiles(problem, sizes.block, "key")
     if len(table):
         key_kernel[(len(table) * stride * shape.kv_heads,)](
             *aligned[:3], grad_out=aligned[3], grad_key=dk, grad_value=dv, cells=table, num_cells=len(table),
             key_rows_total=shape.key_rows, stride=stride, BLOCK=sizes.block, QUERIES=sizes.others,
             num_warps=sizes.warps, num_stages=sizes.stages, **common,
         )  # fmt: skip
-    dq, dk, dv = (
-        t if t.shape[3] == like.shape[3] else t[..., : like.shape[3]].contiguous()
-        for t, like in ((dq, query), (dk, key), (dv, value))
-    )
+    dq, dk, dv = (_narrow(t, like.shape[3]) for t, like in ((dq, query), (dk, key), (dv, value)))
     return dq, dk, dv
 
 

@@ -1,0 +1,580 @@
+"""Forward of dilated attention for Hopper GPUs (Gluon): all branches of a query tile in one online softmax.
+
+A tile holds 128 rows of one head and one residue class, so that its rows take part in the same branches. One CTA per
+SM takes tiles from a counter: a scheduler warp finds the next tile, a producer warp works out which keys it meets,
+loads them through TMA and writes a small record beside every block of keys (`hopper_producer`); two warpgroups of 64
+rows each consume the blocks and need no geometry.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_producer import (
+    BLOCK_KEYS,
+    BLOCK_ROWS,
+    COLUMNS,
+    FOREIGN,
+    HEAD_DIMS,
+    INT32,
+    MAX_BRANCHES,
+    Spec,
+    field,
+    load_rows,
+    place_of,
+    producer,
+    read_record,
+    scheduler,
+)
+
+# ------------------------------------------------------------------------------------------------------ consumers
+
+
+@gluon.jit
+def _turn(spec: gl.constexpr, token, warpgroup: gl.constexpr, arrive: gl.constexpr):
+    """Named barriers 10 and 11 let the warpgroups issue their products in turn."""
+    if spec.alternate:
+        if arrive:
+            if warpgroup == 0:
+                token = gl.inline_asm_elementwise(
+                    "bar.arrive 10, 256; mov.b32 $0, $1;", "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1
+                )
+            else:
+                token = gl.inline_asm_elementwise(
+                    "bar.arrive 11, 256; mov.b32 $0, $1;", "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1
+                )
+        else:
+            if warpgroup == 0:
+                token = gl.inline_asm_elementwise(
+                    "bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1
+                )
+            else:
+                token = gl.inline_asm_elementwise(
+                    "bar.sync 11, 256; mov.b32 $0, $1;", "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1
+                )
+    return token
+
+
+@gluon.jit
+def _scores(spec: gl.constexpr, q, k, zeros):
+    if spec.second:
+        s = warpgroup_mma(
+            q.slice(0, spec.first, 1), k.slice(0, spec.first, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        s = warpgroup_mma(
+            q.slice(spec.first, spec.second, 1), k.slice(spec.first, spec.second, 1).permute((1, 0)), s, is_async=True
+        )
+    else:
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return s
+
+
+@gluon.jit
+def _values(spec: gl.constexpr, p, v, sums, rest, rest_layout: gl.constexpr):
+    if spec.second:
+        sums = warpgroup_mma(p, v.slice(0, spec.first, 1), sums, is_async=True)
+        rest = warpgroup_mma(gl.convert_layout(p, rest_layout), v.slice(spec.first, spec.second, 1), rest,
+                             is_async=True)  # fmt: skip
+    else:
+        sums = warpgroup_mma(p, v, sums, is_async=True)
+    return sums, rest
+
+
+@gluon.jit
+def _wait_values(spec: gl.constexpr, sums, rest, p):
+    if spec.second:
+        sums, rest, p = warpgroup_mma_wait(0, deps=[sums, rest, p])
+    else:
+        sums, p = warpgroup_mma_wait(0, deps=[sums, p])
+    return sums, rest, p
+
+
+@gluon.jit
+def _drop_foreign(spec: gl.constexpr, v, keep):
+    """Zero the value rows behind a short run, so that 0 * NaN cannot happen. Both warpgroups write the same."""
+    wide: gl.constexpr = spec.padded // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // wide, wide], [4, 1], [1, 0])
+    row = gl.arange(0, 32, gl.SliceLayout(1, layout))
+    parts: gl.constexpr = spec.keys // 32
+    for part in gl.static_range(parts):
+        piece = v.slice(32 * part, 32, 0)
+        values = piece.load(layout)
+        piece.store(gl.where((row + 32 * part < keep)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _mask(spec: gl.constexpr, s, record, row, column, v, v_full, phase):
+    """Scores without the columns that a row must not see, and per row 0 or, where it takes no part, infinity."""
+    flags = field(record, 0)
+    layout: gl.constexpr = row.type.layout
+    away = gl.zeros([64], gl.float32, layout)
+    if flags != 0:
+        low = field(record, 1)
+        high = field(record, 2)
+        ahead = field(record, 3) + spec.stride * row
+        rate = field(record, 4)
+        member = (row >= field(record, 5)) & (row < field(record, 6)) & (ahead % rate == 0)
+        away = gl.where(member, 0.0, float("inf"))
+        if flags & COLUMNS:
+            if spec.causal:
+                # Exact for the rows that take part.
+                limit = gl.minimum(ahead // rate, high)
+                s = gl.where((column >= low)[None, :] & (column[None, :] <= limit[:, None]), s, -float("inf"))
+            else:
+                s = gl.where(((column >= low) & (column <= high))[None, :], s, -float("inf"))
+        if flags & FOREIGN:
+            mbarrier.wait(v_full, phase)
+            _drop_foreign(spec, v, high + 1)
+    return s, away
+
+
+@gluon.jit
+def _softmax(s, away, m, scale_log2):
+    """Probabilities of a block against the new maximum, and that maximum: both as before where ``away`` is infinite."""
+    new = gl.where(away == 0, gl.maximum(m, gl.max(s, 1) * scale_log2), m)
+    return gl.exp2(s * scale_log2 - (new + away)[:, None]), new
+
+
+@gluon.jit
+def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_total, out_desc, out, lse, o_s, o_full,
+              shared):  # fmt: skip
+    q_s, k_s, v_s, block_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    element: gl.constexpr = out_desc.dtype
+    stages: gl.constexpr = spec.stages
+    keys: gl.constexpr = spec.keys
+    first: gl.constexpr = spec.first
+    narrow: gl.constexpr = spec.second if spec.second else 16
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, spec.keys, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, spec.first, 16])
+    r_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, narrow, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    pr_layout: gl.constexpr = gl.DotOperandLayout(0, r_layout, 2)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    r_rows: gl.constexpr = gl.SliceLayout(1, r_layout)
+    wide: gl.constexpr = spec.padded // 8
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // wide, wide], [4, 1], [1, 0])
+    token = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    if warpgroup == 1:
+        token = _turn(spec, token, 0, True)
+    row = gl.arange(0, 64, gl.SliceLayout(1, s_layout)) + 64 * warpgroup
+    column = gl.arange(0, spec.keys, gl.SliceLayout(0, s_layout))
+    zeros = gl.zeros([64, keys], gl.float32, s_layout)
+    lowest = gl.full([64], -3.4028234663852886e38, gl.float32, gl.SliceLayout(1, s_layout))
+
+    mbarrier.wait(q_full.index(0), 0)
+    tile = read_record(tile_s.index(0), 4)
+    blocks = field(tile, 0)
+    rows = field(tile, 1)
+    first_row = field(tile, 2)
+    head = field(tile, 3)
+    mbarrier.wait(k_full.index(0), 0)
+    record = read_record(block_s.index(0), 4)
+    s = _scores(spec, q_s.index(warpgroup), k_s.index(0), zeros)
+    s = warpgroup_mma_wait(0, deps=[s])
+    s, away = _mask(spec, s, record, row, column, v_s.index(0), v_full.index(0), 0)
+    mbarrier.arrive(k_empty.index(0), count=1)
+    p32, m = _softmax(s, away, lowest, scale_log2)
+    total = gl.sum(p32, 1)
+    p = gl.convert_layout(p32.to(element), p_layout)
+    block = 0
+    turn = 0
+    while blocks > 0:
+        buffer = turn & 1
+        q = q_s.index(2 * buffer + warpgroup)
+        sums = gl.zeros([64, first], gl.float32, o_layout)
+        rest = gl.zeros([64, narrow], gl.float32, r_layout)
+        place = (first_row.to(gl.int64) + spec.stride * row) * spec.heads + head
+        valid = row < rows
+        j, x = place_of(first_row + 64 * spec.stride * warpgroup, spec.stride, query_total % spec.stride)
+        before = lowest
+        if spec.merge:
+            before = gl.load(lse + place, mask=valid, other=-float("inf"))
+            tma.store_wait(0)
+            mbarrier.expect(o_full, 64 * spec.padded * 2)
+            load_rows(spec, 64, out_desc, j, x, head, o_full, o_s)
+        for _ in range(1, blocks):
+            stage_v = block % stages
+            phase_v = (block // stages) & 1
+            block += 1
+            stage = block % stages
+            mbarrier.wait(k_full.index(stage), (block // stages) & 1)
+            token = _turn(spec, token, warpgroup, False)
+            s = _scores(spec, q, k_s.index(stage), zeros)
+            record = read_record(block_s.index(block % (2 * stages)), 4)
+            mbarrier.wait(v_full.index(stage_v), phase_v)
+            sums, rest = _values(spec, p, v_s.index(stage_v), sums, rest, pr_layout)
+            token = _turn(spec, token, 1 - warpgroup, True)
+            s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
+            s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), (block // stages) & 1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            p32, new = _softmax(s, away, m, scale_log2)
+            decay = gl.exp2(m - new)
+            total = total * decay + gl.sum(p32, 1)
+            m = new
+            if spec.pin:
+                # Names the probabilities, so that the wait stays behind them; the barrier keeps it there in ptxas.
+                if spec.pin == 2:
+                    mbarrier.wait(v_full.index(stage_v), phase_v)
+                if spec.second:
+                    sums, rest, p, p32 = warpgroup_mma_wait(0, deps=[sums, rest, p, p32])
+                else:
+                    sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
+            else:
+                sums, rest, p = _wait_values(spec, sums, rest, p)
+            mbarrier.arrive(v_empty.index(stage_v), count=1)
+            p = gl.convert_layout(p32.to(element), p_layout)
+            sums = sums * gl.convert_layout(decay, o_rows)[:, None]
+            if spec.second:
+                rest = rest * gl.convert_layout(decay, r_rows)[:, None]
+        mbarrier.arrive(q_empty.index(buffer), count=1)
+
+        # The next tile's first scores run beside this tile's last values.
+        turn += 1
+        next_buffer = turn & 1
+        stage_v = block % stages
+        phase_v = (block // stages) & 1
+        block += 1
+        stage = block % stages
+        mbarrier.wait(q_full.index(next_buffer), (turn >> 1) & 1)
+        next_tile = read_record(tile_s.index(next_buffer), 4)
+        mbarrier.wait(k_full.index(stage), (block // stages) & 1)
+        token = _turn(spec, token, warpgroup, False)
+        s = _scores(spec, q_s.index(2 * next_buffer + warpgroup), k_s.index(stage), zeros)
+        record = read_record(block_s.index(block % (2 * stages)), 4)
+        mbarrier.wait(v_full.index(stage_v), phase_v)
+        sums, rest = _values(spec, p, v_s.index(stage_v), sums, rest, pr_layout)
+        token = _turn(spec, token, 1 - warpgroup, True)
+        s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
+        s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), (block // stages) & 1)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        sums, rest, p = _wait_values(spec, sums, rest, p)
+        mbarrier.arrive(v_empty.index(stage_v), count=1)
+
+        normaliser = gl.where(total == 0, -float("inf"), (m + gl.log2(total)) * 0.6931471805599453)
+        factor = gl.where(total == 0, 0.0, 1.0 / total)
+        if spec.merge:
+            largest = gl.maximum(before, normaliser)
+            largest = gl.where(largest == -float("inf"), 0.0, largest)
+            old = gl.exp(before - largest)
+            fresh = gl.exp(normaliser - largest)
+            both = old + fresh
+            share = gl.where(both == 0, 0.0, old / both)
+            factor = gl.where(both == 0, 0.0, factor * (fresh / both))
+            normaliser = largest + gl.log(both)
+            mbarrier.wait(o_full, (turn - 1) & 1)
+            if spec.second:
+                earlier = o_s.slice(0, spec.first, 1).load(o_layout).to(gl.float32)
+                sums = sums * gl.convert_layout(factor, o_rows)[:, None]
+                sums += earlier * gl.convert_layout(share, o_rows)[:, None]
+                earlier_rest = o_s.slice(spec.first, spec.second, 1).load(r_layout).to(gl.float32)
+                rest = rest * gl.convert_layout(factor, r_rows)[:, None]
+                rest += earlier_rest * gl.convert_layout(share, r_rows)[:, None]
+            else:
+                sums = sums * gl.convert_layout(factor, o_rows)[:, None]
+                sums += o_s.load(o_layout).to(gl.float32) * gl.convert_layout(share, o_rows)[:, None]
+        else:
+            sums = sums * gl.convert_layout(factor, o_rows)[:, None]
+            rest = rest * gl.convert_layout(factor, r_rows)[:, None]
+            tma.store_wait(0)
+        gl.store(lse + place, normaliser, mask=valid)
+        if spec.second:
+            o_s.slice(0, spec.first, 1).store(sums.to(element))
+            o_s.slice(spec.first, spec.second, 1).store(rest.to(element))
+        else:
+            o_s.store(sums.to(element))
+        if rows >= 64 * (warpgroup + 1):
+            fence_async_shared()
+            tma.async_copy_shared_to_global(
+                out_desc, [j, x, head, 0], o_s._reinterpret(element, [64, 1, 1, spec.padded], out_desc.layout)
+            )
+        else:
+            store_row = gl.arange(0, 64, gl.SliceLayout(1, store_layout)) + 64 * warpgroup
+            store_column = gl.arange(0, spec.padded, gl.SliceLayout(0, store_layout))
+            to = (first_row.to(gl.int64) + spec.stride * store_row) * (spec.heads * spec.dim) + head * spec.dim
+            gl.store(
+                out + to[:, None] + store_column[None, :],
+                o_s.load(store_layout),
+                mask=(store_row < rows)[:, None] & (store_column < spec.dim)[None, :],
+            )
+        blocks = field(next_tile, 0)
+        rows = field(next_tile, 1)
+        first_row = field(next_tile, 2)
+        head = field(next_tile, 3)
+        p32, m = _softmax(s, away, lowest, scale_log2)
+        total = gl.sum(p32, 1)
+        p = gl.convert_layout(p32.to(element), p_layout)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=[
+    "tiles", "main_cells", "all_cells", "query_rows", "key_rows", "query_total", "key_total"
+])  # fmt: skip
+def hopper_forward_kernel(
+    spec: gl.constexpr, q_desc, out_desc, k0, k1, k2, k3, k4, k5, k6, k7, v0, v1, v2, v3, v4, v5, v6, v7,
+    out, lse, cells, order, counter, tiles, main_cells, all_cells, query_rows, key_rows, query_total, key_total,
+    scale_log2, consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
+):  # fmt: skip
+    """One CTA per SM; see the top of this file."""
+    element: gl.constexpr = q_desc.dtype
+    flat: gl.constexpr = gl.NVMMASharedLayout(min(128, spec.padded * 2), 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(element, [4, 64, spec.padded], flat)
+    o_s = gl.allocate_shared_memory(element, [2, 64, spec.padded], flat)
+    k_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
+    v_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
+    block_s = gl.allocate_shared_memory(gl.int32, [2 * spec.stages, 8], plain)
+    tile_s = gl.allocate_shared_memory(gl.int32, [2, 8], plain)
+    plan_s = gl.allocate_shared_memory(gl.int32, [1, 8], plain)
+    plan_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    plan_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    o_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(o_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    mbarrier.init(plan_full, count=1)
+    mbarrier.init(plan_empty, count=1)
+    stages: gl.constexpr = spec.stages
+    for i in gl.static_range(stages):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    shared = (q_s, k_s, v_s, block_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    plans = (plan_s, plan_full, plan_empty)
+    k_descs = (k0, k1, k2, k3, k4, k5, k6, k7)
+    v_descs = (v0, v1, v2, v3, v4, v5, v6, v7)
+    gl.warp_specialize([
+        (_consumer, (spec, 0, scale_log2, query_total, out_desc, out, lse, o_s.index(0), o_full.index(0), shared)),
+        (_consumer, (spec, 1, scale_log2, query_total, out_desc, out, lse, o_s.index(1), o_full.index(1), shared)),
+        (producer, (spec, q_desc, k_descs, v_descs, shared, plans, query_total, key_total)),
+        (scheduler, (spec, plans, cells, order, counter, tiles, main_cells, all_cells, query_rows, key_rows)),
+    ], [4, 1, 1], [consumer_registers, producer_registers, producer_registers])  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- host
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What changes the speed and nothing else."""
+
+    stages: int = 2
+    alternate: bool = False
+    pin: int = 0
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    tail: float = 0.15
+    groups: int = 1
+
+
+def tuning_of(dim: int, is_causal: bool) -> Tuning:
+    """The fastest settings that were measured on an H200."""
+    groups = 3 if is_causal else 1
+    if dim > 64:
+        return Tuning(2, True, 2, 232, 40, groups=groups)
+    return Tuning(4 if dim <= 48 else 3, dim > 48, 0, 208, 88, groups=groups)
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor, *, stride: int, dilation_rates: tuple[int, ...],
+                scale: float) -> str | None:  # fmt: skip
+    """Why this kernel cannot take the tensors, or None. Looks at shapes, strides and dtypes only."""
+    batch, query_rows, heads, dim = query.shape
+    key_rows, kv_heads = key.shape[1], key.shape[2]
+    if query.dtype not in (torch.bfloat16, torch.float16) or {key.dtype, value.dtype} != {query.dtype}:
+        return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}; all three must be bfloat16 or all float16"
+    if dim not in HEAD_DIMS or value.shape[-1] != dim:
+        return f"head dims are {dim} and {value.shape[-1]}; both must be the same, one of {tuple(HEAD_DIMS)}"
+    if not 1 <= len(dilation_rates) <= MAX_BRANCHES:
+        return f"there are {len(dilation_rates)} branches; 1 to {MAX_BRANCHES} are allowed"
+    if heads % kv_heads:
+        return f"{heads} query heads are no multiple of {kv_heads} key heads"
+    if not 0 < scale < math.inf:
+        return f"scale is {scale}; it must be positive"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        rows = tensor.shape[0] * tensor.shape[1]
+        if tensor.stride(3) != 1:
+            return f"{name} has stride {tensor.stride(3)} in the head dim; it must be 1"
+        if tensor.data_ptr() % 16 or any(tensor.stride(d) % 8 for d in (1, 2) if tensor.shape[d] > 1):
+            return f"{name} has rows or heads that do not begin at multiples of 16 bytes"
+        if tensor.shape[0] > 1 and tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
+            return f"{name} has batch stride {tensor.stride(0)}; it must be rows x row stride"
+        strides, fewest = ((stride,), 64) if name == "query" else (dilation_rates, BLOCK_KEYS)
+        for rate in strides:
+            if rows < rate or (rows % rate and rows // rate < fewest):
+                return f"{name} has {rows} rows; with a stride of {rate} there must be {fewest * rate}"
+    if batch * max(query_rows, key_rows) + BLOCK_ROWS * stride > INT32:
+        return f"{batch} x {max(query_rows, key_rows)} rows; they are counted in 32 bits"
+    return None
+
+
+@lru_cache(maxsize=16)
+def _layout(padded: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(min(128, padded * 2), 16, 4)
+
+
+def _descriptor(tensor: Tensor, rate: int, rows: int, padded: int) -> TensorDescriptor:
+    """The overlapping view of all rows of the batch, ``rate`` apart."""
+    batch, length, heads, dim = tensor.shape
+    total = batch * length
+    row = tensor.stride(1) if length > 1 else heads * dim
+    head = tensor.stride(2) if heads > 1 else dim
+    return TensorDescriptor(
+        tensor,
+        [total // rate, rate + total % rate, heads, dim],
+        [rate * row, row, head, 1],
+        [rows, 1, 1, padded],
+        _layout(padded),
+    )
+
+
+@lru_cache(maxsize=64)
+def _order(spec: Spec, longest: int, device: torch.device) -> Tensor:
+    """(head, class) pairs, those with the most keys first."""
+    classes = spec.stride * spec.parts
+
+    def cost(pair: int) -> float:
+        head, piece = divmod(pair, classes)
+        total = 0.0
+        for length, rate, common in zip(spec.lengths, spec.rates, spec.commons, strict=True):
+            offset = head % rate if spec.interleaved else head // -(-spec.heads // rate)
+            if (piece % spec.stride - offset) % common == 0:
+                total += min(length, longest) / rate
+        return total
+
+    return torch.tensor(sorted(range(spec.heads * classes), key=cost, reverse=True), dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _groups(rates: tuple[int, ...], count: int) -> list[list[int]]:
+    """Branches by rate, in at most ``count`` groups of which the first hold two branches or more."""
+    ranked = sorted(range(len(rates)), key=lambda i: rates[i])
+    count = min(count, len(ranked))
+    size = math.ceil(len(ranked) / count)
+    return [ranked[i : i + size] for i in range(0, len(ranked), size)]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cells: Tensor,
+    stride: int,
+    segment_lengths: tuple[int, ...],
+    dilation_rates: tuple[int, ...],
+    interleaved: bool,
+    is_causal: bool,
+    scale: float,
+    tuning: Tuning | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all branches over the tiles of ``cells``.
+
+    Args:
+        query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D); `unsupported` says which.
+        cells: (cells, 8) int32 on the device, runs of at most ``128 * stride`` rows, see `patterns.tiles`.
+        stride: distance of the rows of a tile.
+        segment_lengths, dilation_rates, interleaved: the pattern.
+        is_causal, scale: as for `dilated_attention`.
+        tuning: instead of the measured settings.
+
+    Returns:
+        out (B, Nq, H, D) in the input's dtype and lse (B, Nq, H) float32; rows outside all cells are left unwritten.
+    """
+    batch, query_rows, heads, dim = query.shape
+    key_rows, kv_heads = key.shape[1], key.shape[2]
+    out = torch.empty((batch, query_rows, heads, dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, query_rows, heads), dtype=torch.float32, device=query.device)
+    if not len(cells) or not heads:
+        return out, lse
+    tuning = tuning or tuning_of(dim, is_causal)
+    padded = 1 << (dim - 1).bit_length()
+    first, second = HEAD_DIMS[dim]
+    longest = 1 << max(0, key_rows - 1).bit_length()
+    main_cells = len(cells) - math.ceil(len(cells) * tuning.tail)
+    groups = _groups(dilation_rates, tuning.groups)
+    counters = torch.zeros(len(groups), dtype=torch.int32, device=query.device)
+    keys, values = {}, {}
+    for rate in set(dilation_rates):
+        keys[rate] = _descriptor(key, rate, BLOCK_KEYS, padded)
+        values[rate] = _descriptor(value, rate, BLOCK_KEYS, padded)
+    for number, group in enumerate(groups):
+        lengths = tuple(min(segment_lengths[i], INT32) for i in group)
+        rates = tuple(dilation_rates[i] for i in group)
+        own = stride if len(groups) == 1 else math.gcd(stride, math.lcm(*rates))
+        spec = Spec(
+            heads=heads,
+            group=heads // kv_heads,
+            dim=dim,
+            padded=padded,
+            first=first,
+            second=second,
+            stride=own,
+            parts=stride // own,
+            keys=BLOCK_KEYS,
+            stages=tuning.stages,
+            lengths=lengths,
+            rates=rates,
+            interleaved=interleaved,
+            causal=is_causal,
+            merge=number > 0,
+            alternate=tuning.alternate,
+            pin=tuning.pin,
+        )
+        unused = [None] * (MAX_BRANCHES - len(group))
+        tiles = len(cells) * heads * stride // spec.chunk
+        hopper_forward_kernel[(min(_processors(query.device), tiles),)](
+            spec,
+            _descriptor(query, own, BLOCK_ROWS // 2, padded),
+            _descriptor(out, own, BLOCK_ROWS // 2, padded),
+            *(keys[rate] for rate in rates),
+            *unused,
+            *(values[rate] for rate in rates),
+            *unused,
+            out,
+            lse,
+            cells,
+            _order(spec, longest, query.device),
+            counters[number:],
+            tiles,
+            len(cells) if number else main_cells,
+            len(cells),
+            query_rows,
+            key_rows,
+            batch * query_rows,
+            batch * key_rows,
+            scale * math.log2(math.e),
+            tuning.consumer_registers,
+            tuning.producer_registers,
+            num_warps=4,
+        )
+    return out, lse

@@ -1,0 +1,86 @@
+"""The Hopper kernels, against the dense oracle in float64 on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import dilated_attention_with_lse
+from dilated_attention_pytorch.backends import gluon
+from dilated_attention_pytorch.testing import Case, violations
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    "even": {"key_rows": 1024, "segment_lengths": (256, 512, 1024), "dilation_rates": (1, 2, 4)},
+    "ragged": {"key_rows": 1151, "segment_lengths": (256, 700, 2000), "dilation_rates": (1, 2, 4)},
+    "interleaved": {
+        "key_rows": 1151, "segment_lengths": (256, 700), "dilation_rates": (1, 3), "head_offsets": "interleaved",
+    },
+    "grouped": {
+        "key_rows": 900, "segment_lengths": (200, 900), "dilation_rates": (1, 3), "kv_heads": 2, "group": 3,
+    },
+    "packed": {"key_rows": 1100, "segment_lengths": (256, 512), "dilation_rates": (1, 4), "cuts": (5, 300, 1000)},
+    "chunk": {
+        "key_rows": 1200, "query_rows": 500, "segment_lengths": (256, 1000), "dilation_rates": (1, 3), "key_start": 77,
+    },
+    "left_padding": {
+        "key_rows": 1024, "segment_lengths": (256, 1000), "dilation_rates": (1, 2), "key_start": (-300, -2), "batch": 2,
+    },
+    "short_and_sparse": {"key_rows": 1024, "segment_lengths": (48, 512), "dilation_rates": (1, 8)},
+    "no_branch_of_rate_1": {
+        "key_rows": 1024, "segment_lengths": (512, 512, 600), "dilation_rates": (2, 2, 3), "kv_heads": 5,
+    },
+    "projection": {
+        "key_rows": 1024, "segment_lengths": (256, 1024), "dilation_rates": (1, 2),
+        "layouts": ("packed", "packed", "packed", "heads_first"),
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def available() -> None:
+    if reason := gluon.unavailable():
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("grad_lse", [False, True], ids=["out", "out_and_lse"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bound_b(case, is_causal, grad_lse):
+    found = []
+    for dtype, head_dim in (("bfloat16", 64), ("float16", 48), ("bfloat16", 128), ("float16", 96)):
+        sizes = {"seed": 5, "kv_heads": 4, "head_dim": head_dim, **case, "is_causal": is_causal, "grad_lse": grad_lse}
+        found += violations(Case(**sizes, dtype=getattr(torch, dtype)), ("gluon",), device="cuda")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_exp_lse_is_the_number_of_keys(is_causal):
+    rows, heads, patterns = 200_011, 4, ((64, 1), (1000, 3), (300_000, 8))
+    key = torch.randn(1, rows, heads, 64, device="cuda", dtype=torch.bfloat16)
+    _, lse = dilated_attention_with_lse(
+        torch.zeros_like(key), key, key, *zip(*patterns, strict=True), is_causal=is_causal, backend="gluon"
+    )
+    position = torch.arange(rows)
+    expected = torch.zeros(heads, rows, dtype=torch.int64)
+    for w, r in patterns:
+        for h in range(heads):
+            active = (position % w % r == h // -(-heads // r)).long()
+            segment = position // w
+            ends = torch.zeros(int(segment.max()) + 1, dtype=torch.int64).index_add_(0, segment, active)
+            so_far = active.cumsum(0) - (ends.cumsum(0) - ends)[segment]
+            expected[h] += active * (so_far if is_causal else ends[segment])
+    assert torch.equal(lse[0].double().exp().round().long().cpu(), expected)
+
+
+def test_rows_outside_documents_are_empty_whatever_memory_held():
+    key = torch.randn(2, 1024, 4, 64, device="cuda", dtype=torch.bfloat16)
+    poison = [torch.full((2, 1024, 4, 64), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    del poison
+    start = torch.tensor([-300, -2])
+    out, lse = dilated_attention_with_lse(key, key, key, (256, 1000), (1, 2), key_start=start, backend="gluon")
+    for b, rows in enumerate((300, 2)):
+        assert (out[b, :rows] == 0).all()
+        assert (lse[b, :, :rows] == -torch.inf).all()
+    assert torch.isfinite(out).all()
