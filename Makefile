@@ -17,7 +17,7 @@ endif
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## Train a small LongNet on real text, in about 3 minutes on 2 cores; results in runs/
+demo: $(READY) ## Train a small LongNet on real text, in about 2 minutes on 2 cores; results in runs/
 	$(BIN)/dilated-attention train --preset demo
 
 test: $(READY) ## Run the tests (those for a GPU only where there is one)

@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(whole: tuple[Path, Result]):
     assert [r["step"] for r in held_out] == [0, 6, STEPS]
     assert summary["held_out_bits_per_byte"] < held_out[0]["bits_per_byte"] - 1
     assert f"{summary['held_out_bits_per_byte']:.3f}" in result.stdout
-    assert [c["context"] for c in summary["contexts"]] == [64, 16]
+    assert summary["position_curve"]["positions"] == [64]
     assert len((folder / "sample.txt").read_text()) > 20
     assert f"step {STEPS}/{STEPS}: held-out" in result.stdout  # plain lines, without a terminal
     assert "\x1b" not in result.stdout

@@ -38,7 +38,7 @@ def test_presets_let_every_head_see_the_whole_context(name: str) -> None:
     assert min(config.dilation_rates) == 1
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("demo", 3e5, 1.5e6), ("small", 2e7, 4e7), ("base", 8e7, 1e8)])
+@pytest.mark.parametrize(("name", "low", "high"), [("demo", 3e5, 3e6), ("small", 2e7, 4e7), ("base", 8e7, 1e8)])
 def test_presets_have_the_parameters_that_their_sizes_imply(name: str, low: float, high: float) -> None:
     config = LongNetLMConfig.preset(name)
     with torch.device("meta"):
@@ -50,8 +50,10 @@ def test_presets_have_the_parameters_that_their_sizes_imply(name: str, low: floa
     biases = (e + 2 * kv) + e + m + e if sub_ln else 0
     norms = (2 if sub_ln else 1) * (2 * e + ((e + m) if sub_ln else 0))
     head = e * config.vocab_size * (1 if config.tie_embeddings else 2) + (2 if sub_ln else 1) * e
+    head += len(config.ngram_sizes) * config.ngram_buckets * e
+    convolution = config.short_convolution * (e + 2 * kv)
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == layers * (weights + biases + norms) + head
+    assert count == layers * (weights + biases + norms + convolution) + head
     assert low <= count <= high
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
@@ -95,6 +97,9 @@ BAD = {
     "dropout": (1.0, "dropout is 1.0; give a probability of at least 0 and below 1"),
     "attention_dropout": (float("nan"), "attention_dropout is nan; give a probability"),
     "rope_base": (1.0, "rope_base is 1.0; give a finite number above 1"),
+    "ngram_sizes": ((3, 1), "ngram_sizes is (3, 1"),
+    "ngram_buckets": (0, "ngram_buckets is 0; give an integer of at least 1"),
+    "short_convolution": (-1, "short_convolution is -1; give a number of rows, 0 for none"),
     "backend": ("", "backend is ''; give 'auto' or the name of a backend"),
 }
 

@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "sub-ln": {},
     "pre-rms": {"norm": "pre-rms", "tie_embeddings": True, "num_kv_heads": 2, "head_offsets": "interleaved"},
+    "local": {"norm": "pre-rms", "ngram_sizes": (2, 4), "ngram_buckets": 64, "short_convolution": 3, "num_kv_heads": 2},
 }
 
 
@@ -48,6 +49,29 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 def gradients(model: LongNetLM, loss: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def ngram_rows(config: LongNetLMConfig, tokens: Tensor) -> Tensor:
+    """Rows of the n-gram table from Python's integers; a token before the first is number 0, token t is t + 1."""
+    prime = 2**31 - 1
+    result = torch.empty(*tokens.shape, len(config.ngram_sizes), dtype=torch.int64)
+    for b, row in enumerate(tokens.tolist()):
+        for n in range(len(row)):
+            for which, size in enumerate(config.ngram_sizes):
+                value = row[n] + 1
+                for back in range(1, size):
+                    value = (value * 1_000_003 + (row[n - back] + 1 if n >= back else 0)) % prime
+                result[b, n, which] = value * 48_271 % prime % config.ngram_buckets + which * config.ngram_buckets
+    return result
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """Each channel's sum over the rows up to this one, row by row."""
+    rows = [
+        torch.stack([x[:, n - back] * weight[back] for back in range(min(len(weight), n + 1))]).sum(0)
+        for n in range(x.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
 
 
 def plain_transformer(model: LongNetLM, tokens: Tensor, attend: Callable[..., Tensor]) -> Tensor:
@@ -75,11 +99,18 @@ def plain_transformer(model: LongNetLM, tokens: Tensor, attend: Callable[..., Te
             x = torch.cat([z.real, z.imag], -1)
         return x
 
-    x = state["embedding.weight"][tokens] * math.sqrt(config.embed_dim)
+    x = state["embedding.weight"][tokens]
+    if config.ngram_sizes:
+        x = (x + state["ngrams.embedding.weight"][ngram_rows(config, tokens)].sum(-2)) / math.sqrt(
+            1 + len(config.ngram_sizes)
+        )
+    x = x * math.sqrt(config.embed_dim)
     for i in range(config.num_layers):
         at, ff = f"blocks.{i}.attention", f"blocks.{i}.feed_forward"
         widths = [count * config.head_dim for count in (config.num_heads, config.kv_heads, config.kv_heads)]
         q, k, v = linear(norm(x, f"{at}_norm"), f"{at}.in_proj").split(widths, -1)
+        if config.short_convolution:
+            q, k, v = convolved(torch.cat([q, k, v], -1), state[f"{at}.short_convolution.weight"]).split(widths, -1)
         mixed = attend(
             heads(q, config.num_heads, rotary=True),
             heads(k, config.kv_heads, rotary=True),
@@ -145,6 +176,23 @@ def test_causality_is_bit_exact(variant: str, dtype: torch.dtype) -> None:
         assert not torch.equal(others[:, t], logits[:, t])
 
 
+def test_one_byte_after_the_other_equals_a_full_pass() -> None:
+    model = build(**VARIANTS["local"])
+    tokens = draw(1, 20)
+    logits = model(tokens)
+    for n in range(1, 21):  # fewer rows than the convolution and the n-grams reach back to, too
+        torch.testing.assert_close(model(tokens[:, :n])[:, -1], logits[:, n - 1], rtol=1e-10, atol=1e-12)
+
+
+def test_ngrams_beyond_the_table_still_have_rows() -> None:
+    model = build(**VARIANTS["local"])
+    assert model.ngrams is not None
+    ids = model.ngrams.ids(draw(4, 1000), None)
+    first, second = ids.unbind(-1)
+    assert set(first.flatten().tolist()) == set(range(64))  # all of its 64 buckets, and none of the other's
+    assert set(second.flatten().tolist()) == set(range(64, 128))
+
+
 def test_the_longest_branch_reaches_back_to_the_first_token() -> None:
     model = build()
     tokens = draw(1, 64)
@@ -202,9 +250,12 @@ def test_tied_embedding_is_one_tensor_with_both_gradients() -> None:
     torch.testing.assert_close(one["embedding.weight"], two["embedding.weight"] + two["output.weight"])
 
 
-def test_materialised_from_meta_equals_drawn_in_place() -> None:
-    here = build()
-    model = LongNetLM(LongNetLMConfig(**TINY), device="meta", dtype=torch.float64).to_empty(device="cpu")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_materialised_from_meta_equals_drawn_in_place(variant: str) -> None:
+    here = build(**VARIANTS[variant])
+    model = LongNetLM(LongNetLMConfig(**{**TINY, **VARIANTS[variant]}), device="meta", dtype=torch.float64).to_empty(
+        device="cpu"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -298,9 +349,10 @@ def test_loss_never_holds_the_logits_of_all_rows(monkeypatch: pytest.MonkeyPatch
     assert sorted(rows) == [12, 12, 16, 16, 16, 16, 16, 16]
 
 
-def test_compiles_without_graph_breaks() -> None:
+@pytest.mark.parametrize("variant", ["pre-rms", "local"])
+def test_compiles_without_graph_breaks(variant: str) -> None:
     pattern = {"segment_lengths": (8, 64), "dilation_rates": (1, 4)}
-    model = build(activation_checkpointing=True, num_layers=1, **pattern, **VARIANTS["pre-rms"])
+    model = build(activation_checkpointing=True, num_layers=1, **pattern, **VARIANTS[variant])
     tokens = draw(1, 33)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -39,6 +39,8 @@ def make_config(text_folder: Path, *, dropout: float = 0.1, **training: Any) -> 
         segment_lengths=(16, 64),
         dilation_rates=(1, 2),
         norm="pre-rms",
+        ngram_sizes=(2, 3),
+        short_convolution=2,
         dropout=dropout,
         attention_dropout=dropout,
     )
@@ -46,6 +48,7 @@ def make_config(text_folder: Path, *, dropout: float = 0.1, **training: Any) -> 
         "steps": 8,
         "batch_size": 2,
         "learning_rate": 1e-2,
+        "optimizer": "muon",
         "stages": ((0.25, 16, 4), (0.25, 32, 2)),
         "warmup_steps": 2,
         "eval_every": 4,

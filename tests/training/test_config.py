@@ -60,6 +60,7 @@ def test_every_step_belongs_to_one_stage(steps: int):
         ({"weight_decay": 1.0}, "weight_decay is 1.0; give a number of at least 0 and below 1"),
         ({"held_out_fraction": -0.1}, "held_out_fraction is -0.1; give a number of at least 0"),
         ({"dtype": "float16"}, "dtype is 'float16'; choose one of float32, bfloat16"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose one of adamw, muon"),
         ({"stages": ((0.5, 0, 1),)}, "lengths and factors at least 1"),
         ({"stages": ((0.5, 64, 1), (0.6, 64, 1))}, "their shares sum to at most 1"),
     ],

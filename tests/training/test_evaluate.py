@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.training.evaluate import (
     bits_by_position,
+    curve_positions,
     position_curve,
-    position_edges,
     token_losses,
 )
 
@@ -57,14 +56,31 @@ def test_bits_are_those_of_the_model_at_any_context(context: int | None):
     torch.testing.assert_close(bits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("context", [None, 2, 7, 32])
+@pytest.mark.parametrize("first", [1, 13, 39])
+def test_bytes_left_out_change_nothing_else(first: int, context: int | None):
+    text = windows(5, 41)
+    bits = bits_by_position(Bigram(), text, context=context, first=first, device=CPU, tokens_at_once=64)
+    torch.testing.assert_close(bits, bits_by_position(Bigram(), text, device=CPU)[:, first:])
+
+
+@pytest.mark.parametrize("first", [0, 5, 32])
 @pytest.mark.parametrize("context", [1, 2, 5, 8, 16, 63, 64, 200])
-def test_a_limited_context_is_what_the_model_sees(context: int):
+def test_a_limited_context_is_what_the_model_sees(context: int, first: int):
     text = torch.zeros(3, 65, dtype=torch.uint8)
-    seen = visible(bits_by_position(Counting(), text, context=context, device=CPU))
-    position = torch.arange(1.0, 65.0, dtype=torch.float64)
+    seen = visible(bits_by_position(Counting(), text, context=context, first=first, device=CPU))
+    position = torch.arange(1.0 + first, 65.0, dtype=torch.float64)
     assert (seen <= context + 1e-2).all()
     assert (seen >= torch.minimum(position, torch.tensor(max(1, context // 2))) - 1e-2).all()
-    torch.testing.assert_close(seen[:, :context], position[:context].expand(3, -1), rtol=0, atol=1e-2)
+    few = max(0, context - first)
+    torch.testing.assert_close(seen[:, :few], position[:few].expand(3, -1), rtol=0, atol=1e-2)
+
+
+def test_behind_as_many_bytes_more_than_half_of_the_context_is_seen():
+    text = torch.zeros(1, 129, dtype=torch.uint8)
+    for context in (8, 16, 64, 128):
+        seen = visible(bits_by_position(Counting(), text, context=context, first=64, device=CPU)).round()
+        assert (seen.min(), seen.max()) == (context // 2 + 1, context)
 
 
 def test_without_a_limit_everything_before_is_seen():
@@ -86,21 +102,19 @@ def test_token_losses_are_cross_entropy_in_nats():
     torch.testing.assert_close(token_losses(model, text), expected)
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 23, 100, 128, 4096, 32768])
-def test_bins_cover_every_position_once(length: int):
-    edges = position_edges(length)
-    assert edges[0] == 0
-    assert edges[-1] == length
-    assert all(a < b for a, b in pairwise(edges))
-    if length >= 32:
-        assert {length // 2, length} <= set(edges)
-        assert 16 <= edges[1] < 24
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 63, 100, 128, 4096, 32768])
+def test_positions_halve_from_the_whole_context(length: int):
+    positions = curve_positions(length)
+    assert positions[-1] == length
+    assert positions == [length >> n for n in reversed(range(len(positions)))]
+    assert 64 <= positions[0] < 128 or (length < 64 and positions == [length])
 
 
-def test_a_curve_is_the_mean_of_each_bin():
-    bits = torch.stack([torch.arange(64.0), torch.arange(64.0) + 4])
-    curve = position_curve(bits, context=None)
-    assert curve.edges == [0, 16, 23, 32, 45, 64]
-    pairs = pairwise(curve.edges)
-    assert curve.bits == pytest.approx([(a + b - 1) / 2 + 2 for a, b in pairs])
-    assert curve.error == pytest.approx([2.0] * 5)  # two windows 4 apart: deviation 2.83, over sqrt(2)
+def test_a_curve_compares_the_same_bytes():
+    bits = [torch.tensor([[5.0, 7.0], [1.0, 3.0]]), torch.tensor([[2.0, 4.0], [0.0, 2.0]])]
+    curve = position_curve([4, 8], bits)
+    assert curve.positions == (4, 8)
+    assert curve.bits == pytest.approx((4.0, 2.0))
+    # Windows lose 3 and 1 bits at the shorter context: a deviation of sqrt(2), over sqrt(2) windows.
+    assert curve.error == pytest.approx((1.0, 0.0))
+    assert position_curve([8], [bits[0][:1]]).error == (0.0,)  # a single window has no spread

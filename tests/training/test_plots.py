@@ -37,16 +37,12 @@ def test_the_loss_plot_needs_no_records(tmp_path: Path):
     assert matplotlib.image.imread(tmp_path / "loss.png").std() > 0.01
 
 
-def test_the_position_plot_shows_every_curve(tmp_path: Path):
-    edges = [0, 16, 32, 64, 128]
-    curves = [
-        PositionCurve(None, edges, [4.0, 3.5, 3.0, 2.5], [0.1] * 4),
-        PositionCurve(32, edges, [4.0, 3.5, 3.4, 3.3], [0.1] * 4),
-    ]
-    plot_position(curves, tmp_path / "position.png", title="Position", segment_lengths=(32, 128, 4096))
-    whole, limited = (rows_of(tmp_path / "position.png", color) for color in COLORS[:2])
-    assert len(whole) > len(limited) > 100
-    assert whole.max() > limited.max() + 20  # it ends further down
+def test_the_position_plot_shows_the_curve_and_its_error(tmp_path: Path):
+    curve = PositionCurve((32, 64, 128), (3.0, 2.8, 2.0), (0.05, 0.02, 0.0))
+    plot_position(curve, tmp_path / "position.png", title="Position", segment_lengths=(32, 128, 4096))
+    rows = rows_of(tmp_path / "position.png", COLORS[0])
+    assert len(rows) > 200
+    assert rows[-50:].mean() > rows[:50].mean() + 100  # it falls
 
 
 def test_smoothing_weighs_the_past_less():

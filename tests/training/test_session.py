@@ -49,8 +49,9 @@ def digest(trainer: Trainer) -> str:
     for tensor in trainer.model.state_dict().values():
         state.update(tensor.numpy().tobytes())
     for parameter in trainer.model.parameters():
-        for tensor in trainer.optimizer.state[parameter].values():
-            state.update(tensor.numpy().tobytes())
+        for optimizer in trainer.optimizers:
+            for tensor in optimizer.state.get(parameter, {}).values():
+                state.update(tensor.numpy().tobytes())
     state.update(torch.get_rng_state().numpy().tobytes())
     return state.hexdigest()
 

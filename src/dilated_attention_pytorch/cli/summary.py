@@ -68,11 +68,11 @@ def show_end(console: Console, summary: Summary, sample: Sample | None, files: S
             f"{summary.held_out_bits_per_byte:.3f} ({summary.held_out_windows} windows)",
         )
     ]
-    for n, value in enumerate(summary.contexts):
+    curve = summary.position_curve
+    for n, back in enumerate(range(len(curve.positions) - 1, -1, -2)):  # every 2nd: a quarter of the context
         label = "in a window's 2nd half" if n == 0 else ""
-        error = "" if n == 0 else f" ({value.bits_per_byte - summary.contexts[0].bits_per_byte:+.3f} ± "
-        error += "" if n == 0 else f"{value.standard_error:.3f})"
-        rows.append((label, f"{value.bits_per_byte:.3f} seeing {value.context:,} bytes{error}"))
+        error = "" if n == 0 else f" ({curve.bits[back] - curve.bits[-1]:+.3f} ± {curve.error[back]:.3f})"
+        rows.append((label, f"{curve.bits[back]:.3f} seeing {curve.positions[back]:,} bytes{error}"))
     rows += [
         ("trained on", f"{summary.trained_bytes:,} bytes in {summary.steps:,} steps"),
         ("training time", f"{duration(summary.seconds)}, {summary.tokens_per_second:,.0f} tokens/s"),

@@ -33,6 +33,13 @@ class LongNetLMConfig:
         dropout: probability of dropping an element of the embedding and of each residual update, in training.
         attention_dropout: probability of dropping an attention weight, in training.
         rope_base: base of the rotary frequencies (arXiv 2104.09864).
+        ngram_sizes: lengths of n-grams, each at least 2, whose hashed embeddings join that of the token, so that
+            the first layer knows the last few tokens (Byte Latent Transformer, arXiv 2412.09871, section 3.2.1).
+        ngram_buckets: embeddings of each of these lengths.
+        short_convolution: rows that a causal convolution of each query, key and value channel reads, its own
+            included, before the rotation; 0: none. A key that knows the token before its own lets a single layer
+            find what followed the last time, and it begins as that (as the shift of H3 does, arXiv 2212.14052,
+            section 3).
         activation_checkpointing: recompute each block in the backward instead of storing its activations.
         backend: what computes the attention, see :func:`dilated_attention`.
 
@@ -61,11 +68,14 @@ class LongNetLMConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     rope_base: float = 10000.0
+    ngram_sizes: tuple[int, ...] = ()
+    ngram_buckets: int = 4096
+    short_convolution: int = 0
     activation_checkpointing: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "embed_dim", "num_layers", "num_heads"):
+        for name in ("vocab_size", "context_length", "embed_dim", "num_layers", "num_heads", "ngram_buckets"):
             _check_count(name, getattr(self, name))
         for name in ("num_kv_heads", "mlp_dim"):
             if getattr(self, name) is not None:
@@ -79,10 +89,15 @@ class LongNetLMConfig:
             raise ValueError(
                 f"num_kv_heads is {self.kv_heads}, num_heads is {self.num_heads}; give a divisor of num_heads"
             )
-        for name in ("segment_lengths", "dilation_rates"):
+        for name in ("segment_lengths", "dilation_rates", "ngram_sizes"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _ = self.pattern  # raises for a pattern that is none
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in self.ngram_sizes):
+            raise ValueError(f"ngram_sizes is {self.ngram_sizes!r}; give integers of at least 2")
+        rows = self.short_convolution
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            raise ValueError(f"short_convolution is {rows!r}; give a number of rows, 0 for none")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm is {self.norm!r}; choose one of {', '.join(map(repr, get_args(Norm)))}")
         for name in ("tie_embeddings", "activation_checkpointing"):
@@ -164,9 +179,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embed_dim": 128,
         "num_layers": 2,
         "num_heads": 4,
-        "segment_lengths": (1024, 2048, 4096),
-        "dilation_rates": (1, 2, 4),
+        "segment_lengths": (512, 4096),
+        "dilation_rates": (1, 2),
         "norm": "pre-rms",
+        # Most pairs of a head hardly turn within the context: they find a token by what it is, however far away.
+        "rope_base": 1e12,
+        "ngram_sizes": (2, 3, 4),
+        "short_convolution": 4,
     },
     "small": {
         "context_length": 16384,

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..merge import accumulator_dtype
-from .blocks import Block, CausalSelfAttention, Documents, Factory, FeedForward, Gains, make_norm
+from .blocks import (
+    Block,
+    CausalSelfAttention,
+    Documents,
+    Factory,
+    FeedForward,
+    Gains,
+    NgramEmbedding,
+    make_norm,
+)
 from .config import LongNetLMConfig
 from .rope import document_positions, rotary_tables
 
@@ -45,6 +54,7 @@ class LongNetLM(nn.Module):
         factory = Factory(device=device, dtype=dtype)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim, **factory)
+        self.ngrams = NgramEmbedding(config, factory) if config.ngram_sizes else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, factory) for _ in range(config.num_layers))
         self.norm = make_norm(config, config.embed_dim, factory)
@@ -64,7 +74,8 @@ class LongNetLM(nn.Module):
                 module.reset_parameters(gains)
         # Gives logits of unit variance, tied or not; features() scales its input back.
         std = self.config.embed_dim**-0.5
-        for weight in (self.embedding.weight, None if self.output is None else self.output.weight):
+        tables = (self.embedding, None if self.ngrams is None else self.ngrams.embedding, self.output)
+        for weight in (None if table is None else table.weight for table in tables):
             if weight is not None:
                 nn.init.normal_(weight, std=std)
 
@@ -144,16 +155,23 @@ class LongNetLM(nn.Module):
     def features(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The normalised residual stream ``(B, N, embed_dim)`` that the logits are projected from."""
         config = self.config
-        x = self.dropout(self._embed(tokens) * config.embed_dim**0.5)
+        embedded = self._embed(tokens)
         positions = document_positions(tokens, cu_seqlens=documents.cu_seqlens, key_start=documents.key_start)
+        # Where every batch row is one document from its first row on, there is nothing of another to keep out.
+        whole = documents.cu_seqlens is None and isinstance(documents.key_start, int) and documents.key_start >= 0
+        inside = None if whole else positions
+        if self.ngrams is not None:
+            terms = 1 + len(config.ngram_sizes)
+            embedded = (embedded + self.ngrams(tokens, inside)) * terms**-0.5
+        x = self.dropout(embedded * config.embed_dim**0.5)
         table_dtype = accumulator_dtype(self.embedding.weight.dtype)
         tables = rotary_tables(positions, config.head_dim, base=config.rope_base, dtype=table_dtype)
         recompute = config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                x = checkpoint(block, x, tables, documents, use_reentrant=False)
+                x = checkpoint(block, x, tables, documents, inside, use_reentrant=False)
             else:
-                x = block(x, tables, documents)
+                x = block(x, tables, documents, inside)
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:

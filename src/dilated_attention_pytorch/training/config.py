@@ -13,6 +13,7 @@ from ..models import LongNetLMConfig
 from ..patterns import DilatedPattern
 
 ComputeDtype = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon"]
 
 
 class Stage(NamedTuple):
@@ -35,10 +36,11 @@ class TrainingConfig:
         steps: optimizer steps, at least 1; the learning rate reaches its end at the last one.
         batch_size: windows a step; a window has the model's context length and one byte more.
         stages: what comes before steps of full length, in order; see `Stage`.
+        optimizer: "adamw", or "muon" for Muon on the linear layers inside the blocks and AdamW on the rest.
         learning_rate: peak of the schedule (linear warm-up, then a cosine).
         warmup_steps: steps of the warm-up; at most a tenth of ``steps`` counts.
         final_fraction: the last learning rate as a fraction of the peak.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: decoupled, as AdamW's; on matrices only.
         gradient_clip: largest norm of the whole gradient.
         seed: of the initial weights, the windows drawn and dropout.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
@@ -57,6 +59,7 @@ class TrainingConfig:
     batch_size: int
     learning_rate: float
     stages: tuple[Stage, ...] = ()
+    optimizer: Optimizer = "adamw"
     warmup_steps: int = 100
     final_fraction: float = 0.1
     weight_decay: float = 0.1
@@ -90,8 +93,9 @@ class TrainingConfig:
             raise ValueError(f"stages has {self.stages}; shares are at least 0, lengths and factors at least 1")
         if sum(stage.share for stage in self.stages) > 1:
             raise ValueError(f"stages has {self.stages}; their shares sum to at most 1")
-        if self.dtype not in get_args(ComputeDtype):
-            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(get_args(ComputeDtype))}")
+        for name, choices in (("dtype", get_args(ComputeDtype)), ("optimizer", get_args(Optimizer))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
     def stage_steps(self) -> list[int]:
         """Steps of every stage, and at the end those of full length.
@@ -196,15 +200,16 @@ class RunConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "steps": 1200,
+        "steps": 450,
         "batch_size": 1,
-        "learning_rate": 3e-3,
-        "stages": (Stage(0.795, 256, 2), Stage(0.17, 1024)),
+        "optimizer": "muon",
+        "learning_rate": 6e-3,
+        "stages": (Stage(0.6, 512), Stage(0.22, 1024)),
         "warmup_steps": 20,
-        "eval_every": 200,
-        "eval_windows": 12,
-        "checkpoint_every": 200,
-        "sample_bytes": 300,
+        "eval_every": 150,
+        "eval_windows": 8,
+        "checkpoint_every": 150,
+        "sample_bytes": 200,
     },
     "small": {"steps": 10_000, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 500},
     "base": {

@@ -1,11 +1,10 @@
-"""Bits per byte on held-out text: overall, by position in the window, and with less context than there is."""
+"""Bits per byte on held-out text: overall, and of the same bytes with more or less context before them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +22,19 @@ def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
     )
 
 
-def _pieces(length: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first) such that rows first..end of every piece cover 0..length once.
+def _pieces(first: int, end: int, context: int) -> list[tuple[int, int, int]]:
+    """(low, high, kept) such that rows kept..high of the pieces low..high cover first..end once, in order.
 
-    Every row but the first ``context`` ones sees at least half of ``context`` rows before it, and at most
-    ``context``.
+    Every row sees at most ``context`` rows, itself included, and at least half as many or all there are.
     """
-    yield 0, min(context, length), 0
+    pieces = []
     half = max(1, context // 2)
-    done = min(context, length)
-    while done < length:
-        end = min(done + half, length)
-        yield end - context, end, done
-        done = end
+    while first < end:
+        # At the beginning there is no more to see: one piece takes all rows that fit.
+        high = min(end, context if first < context else first + half)
+        pieces.append((max(0, high - context), high, first))
+        first = high
+    return pieces
 
 
 @torch.no_grad()
@@ -44,68 +43,65 @@ def bits_by_position(
     windows: Tensor,
     *,
     context: int | None = None,
+    first: int = 0,
     device: torch.device,
     autocast: torch.dtype | None = None,
     tokens_at_once: int = 16384,
 ) -> Tensor:
-    """Bits that the model needs for every byte of the windows after the first: ``(W, N)`` float32 on the CPU.
+    """Bits that the model needs for the bytes of the windows after the first: ``(W, N - first)`` float32 on the CPU.
 
     Args:
         windows: uint8 ``(W, N + 1)``.
         context: let the model see at most this many bytes: half of them at least, wherever the window has
-        them. None
-            shows it everything from the start of the window.
+            them. None shows it everything from the start of the window.
+        first: leave out as many bytes, which then are context only.
         autocast: dtype to compute in, None for the model's own.
         tokens_at_once: bytes per forward pass, a bound on memory.
     """
     was_training = model.training
     model.eval()
     count, length = windows.shape[0], windows.shape[1] - 1
-    result = torch.empty(count, length)
-    for start, end, first in _pieces(length, context or length):
-        rows = max(1, tokens_at_once // (end - start))
-        for low in range(0, count, rows):
-            part = windows[low : low + rows, start : end + 1].to(device, torch.int64)
+    result = torch.empty(count, length - first)
+    shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for low, high, kept in _pieces(first, length, context or length):
+        shapes.setdefault((high - low, kept - low), []).append((low, high, kept))
+    for (size, skipped), pieces in shapes.items():  # pieces of one shape go through the model together
+        parts = torch.stack([windows[:, low : high + 1] for low, high, _ in pieces]).flatten(0, 1)
+        losses = []
+        for part in parts.split(max(1, tokens_at_once // size)):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                losses = token_losses(model, part)
-            result[low : low + rows, first:end] = losses[:, first - start :].cpu() * BITS
+                losses.append(token_losses(model, part.to(device, torch.int64))[:, skipped:].cpu() * BITS)
+        for (_, high, kept), bits in zip(pieces, torch.cat(losses).split(count), strict=True):
+            result[:, kept - first : high - first] = bits
     model.train(was_training)
     return result
 
 
 @dataclass(frozen=True)
 class PositionCurve:
-    """Bits per byte by position: the bins' limits (one more than values), the mean and an error of each bin.
+    """Bits per byte of the same bytes at different positions in the context.
 
-    ``context`` is the number of bytes the model was allowed to see, None for all of the window. ``error`` is the
-    standard error over windows: of the mean, or with a limited context of the distance to the whole one's.
+    At ``positions[i]`` = n every byte is predicted from more than n / 2 and at most n bytes. ``error`` is the standard
+    error over windows of the distance to the last value; of the last itself, whose bytes are the same, it is 0.
     """
 
-    context: int | None
-    edges: list[int]
-    bits: list[float]
-    error: list[float]
+    positions: tuple[int, ...]
+    bits: tuple[float, ...]
+    error: tuple[float, ...]
 
 
-def position_edges(length: int, *, first: int = 16) -> list[int]:
-    """Limits of bins of positions, each reaching sqrt(2) times as far as the one before, from ``first`` on.
+def curve_positions(length: int, *, least: int = 64) -> list[int]:
+    """``length`` and its halves down to about ``least``, rising.
 
-    >>> position_edges(256)
-    [0, 16, 23, 32, 45, 64, 91, 128, 181, 256]
+    >>> curve_positions(512)
+    [64, 128, 256, 512]
     """
-    steps = math.floor(2 * math.log2(max(1.0, length / first)) + 1e-9)
-    edges = [0] + [round(length / 2 ** (i / 2)) for i in range(steps, -1, -1)]
-    return edges if len(edges) > 1 else [0, length]
+    halvings = max(0, math.floor(math.log2(max(1.0, length / least)) + 1e-9))
+    return [length >> n for n in range(halvings, -1, -1)]
 
 
-def position_curve(bits: Tensor, *, context: int | None = None, whole: Tensor | None = None) -> PositionCurve:
-    """Average the ``(W, N)`` bits of `bits_by_position` in bins; ``whole`` are those with all of the context."""
-    edges = position_edges(bits.shape[1])
-
-    def average(values: Tensor) -> Tensor:
-        return torch.stack([values[:, a:b].double().mean(dim=1) for a, b in pairwise(edges)])
-
-    count = bits.shape[0]
-    spread = average(bits if whole is None else bits - whole)
-    error = spread.std(dim=1) / math.sqrt(count) if count > 1 else torch.zeros(len(spread))
-    return PositionCurve(context, edges, average(bits).mean(dim=1).tolist(), error.tolist())
+def position_curve(positions: Sequence[int], bits: Sequence[Tensor]) -> PositionCurve:
+    """The curve from bits ``(W, n)`` of the same bytes at every position; the last is what errors refer to."""
+    means = torch.stack([values.double().mean(dim=1) for values in bits])
+    errors = (means - means[-1]).std(dim=1) / math.sqrt(means.shape[1]) if means.shape[1] > 1 else means[:, 0] * 0
+    return PositionCurve(tuple(positions), tuple(means.mean(dim=1).tolist()), tuple(errors.tolist()))

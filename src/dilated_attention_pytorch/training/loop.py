@@ -17,7 +17,7 @@ from .config import RunConfig
 from .corpus import Corpus
 from .evaluate import BITS, bits_by_position, token_losses
 from .metrics import MetricsLog
-from .optim import learning_rate, make_optimizer
+from .optim import learning_rate, make_optimizers
 from .state import (
     MODEL,
     OPTIMIZER,
@@ -61,7 +61,7 @@ class Trainer:
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         torch.manual_seed(config.training.seed)
         self.model = LongNetLM(config.model).to(device)
-        self.optimizer = make_optimizer(self.model, config.training)
+        self.optimizers = make_optimizers(self.model, config.training)
         self._forward: nn.Module = self.model
         if compile_model:
             self._forward = cast(nn.Module, torch.compile(self.model))
@@ -94,7 +94,7 @@ class Trainer:
                     "the text changed since the checkpoint was written; restore it, or start a new run"
                 )
             load_model_tensors(self.model, tensors[MODEL])
-            load_optimizer_tensors(self.model, self.optimizer, tensors[OPTIMIZER])
+            load_optimizer_tensors(self.model, self.optimizers, tensors[OPTIMIZER])
             load_random_tensors(tensors[RANDOM], self.device)
             self.step, self.seconds = checkpoint.step, float(progress["seconds"])
             self._resumed = True
@@ -123,7 +123,7 @@ class Trainer:
             {"run": self.config.to_dict(), "progress": progress},
             {
                 MODEL: self.model.state_dict(),
-                OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+                OPTIMIZER: optimizer_tensors(self.model, self.optimizers),
                 RANDOM: random_tensors(self.device),
             },
         )
@@ -177,8 +177,9 @@ class Trainer:
         started = time.perf_counter()
         training = self.config.training
         rate = learning_rate(self.step, training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         batch_size, length = self.config.window_shape(self.step)
         windows = training_batch(
             self.corpus, context_length=length, batch_size=batch_size, seed=training.seed, step=self.step
@@ -186,7 +187,7 @@ class Trainer:
         self.model.train()
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             loss = token_losses(self._forward, windows).mean()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip))
         value = float(loss.detach())
@@ -195,7 +196,8 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {value}, the norm of its gradient {norm}; start a new "
                 f"run with a learning rate below {training.learning_rate:g}"
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         elapsed = time.perf_counter() - started
         self.seconds += elapsed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,30 +86,21 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
     _save(figure, path)
 
 
-def plot_position(
-    curves: Sequence[PositionCurve], path: Path, *, title: str, segment_lengths: Sequence[int] = ()
-) -> None:
-    """Bits per byte by position in the context, one line a curve, with the segment lengths marked.
+def plot_position(curve: PositionCurve, path: Path, *, title: str, segment_lengths: Sequence[int] = ()) -> None:
+    """Bits per byte of the same bytes by their position in the context, with the segment lengths marked.
 
-    The band about the line of a limited context is the standard error of its distance to the first line.
+    The band is the standard error of the distance to the last value, which is what the line is about.
     """
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = _figure()
-    length = curves[0].edges[-1]
-    for curve, color in zip(curves, COLORS, strict=False):
-        # The geometric middle of a bin; the first bin begins at 0 and is drawn at half its end.
-        middles = [(max(a, b / 4) * b) ** 0.5 for a, b in pairwise(curve.edges)]
-        label = "all bytes before" if curve.context is None else f"at most {curve.context:,} bytes before"
-        # Below the limit a line is that of the whole context.
-        first = 0 if curve.context is None else sum(b <= curve.context for b in curve.edges[1:]) - 1
-        middles, bits, error = (values[max(0, first) :] for values in (middles, curve.bits, curve.error))
-        axes.plot(middles, bits, color=color, marker="o", markersize=3.5, label=label)
-        if curve.context is not None:
-            low = [b - e for b, e in zip(bits, error, strict=True)]
-            high = [b + e for b, e in zip(bits, error, strict=True)]
-            axes.fill_between(middles, low, high, color=color, alpha=0.15, linewidth=0)
-    for n, segment in enumerate(s for s in segment_lengths if s <= length):
+    low = [b - e for b, e in zip(curve.bits, curve.error, strict=True)]
+    high = [b + e for b, e in zip(curve.bits, curve.error, strict=True)]
+    label = "the same bytes at every position"
+    axes.plot(curve.positions, curve.bits, color=COLORS[0], marker="o", markersize=4, label=label)
+    label = "standard error of the distance to the last"
+    axes.fill_between(curve.positions, low, high, color=COLORS[0], alpha=0.2, linewidth=0, label=label)
+    for n, segment in enumerate(s for s in segment_lengths if s <= curve.positions[-1]):
         label = "segment lengths of the pattern" if n == 0 else ""
         axes.axvline(segment, color="#888888", linestyle=":", linewidth=1, label=label)
     axes.set_xscale("log", base=2)
@@ -118,8 +108,8 @@ def plot_position(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(
         title=title,
-        xlabel="position in the context (bytes, log scale)",
+        xlabel="position in the context, from half of this to this (bytes, log scale)",
         ylabel="bits per byte, held-out files",
     )
-    axes.legend(frameon=False, title="the model sees")
+    axes.legend(frameon=False)
     _save(figure, path)

@@ -10,23 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .corpus import SEPARATOR
-from .evaluate import PositionCurve, bits_by_position, position_curve
+from .evaluate import PositionCurve, bits_by_position, curve_positions, position_curve
 from .files import replace_file
 from .generate import generate, printable
 from .loop import Trainer
 from .metrics import read_metrics
 
 PROMPT_BYTES = 200
-
-
-@dataclass(frozen=True)
-class ContextValue:
-    """Held-out bits per byte in a window's second half when the model sees at most ``context`` bytes."""
-
-    context: int
-    bits_per_byte: float
-    standard_error: float
-    """Of the difference to the whole context over the windows; 0 for the whole context."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +30,7 @@ class Summary:
     tokens_per_second: float
     held_out_windows: int
     held_out_bits_per_byte: float
-    contexts: tuple[ContextValue, ...]
-    position_curves: tuple[PositionCurve, ...]
+    position_curve: PositionCurve
 
 
 @dataclass(frozen=True)
@@ -52,26 +41,25 @@ class Sample:
     text: str
 
 
-def _compare_contexts(trainer: Trainer) -> tuple[float, tuple[ContextValue, ...], tuple[PositionCurve, ...]]:
+def _measure(trainer: Trainer) -> tuple[float, PositionCurve]:
+    """Bits per byte of all held-out windows, and of their second halves by the position in the context."""
     length = trainer.config.model.context_length
     half = length // 2
 
-    def measure(context: int | None) -> Tensor:
+    def measure(context: int | None, first: int) -> Tensor:
         return bits_by_position(
-            trainer.model, trainer.held_out, context=context, device=trainer.device, autocast=trainer.autocast
-        ).double()
+            trainer.model,
+            trainer.held_out,
+            context=context,
+            first=first,
+            device=trainer.device,
+            autocast=trainer.autocast,
+        )
 
-    whole = measure(None)
-    values = [ContextValue(length, float(whole[:, half:].mean()), 0.0)]
-    curves = [position_curve(whole)]
-    for context in (length // 4, length // 16):
-        if context >= 16:
-            bits = measure(context)
-            lost = (bits - whole)[:, half:].mean(dim=1)
-            error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
-            values.append(ContextValue(context, float(bits[:, half:].mean()), error))
-            curves.append(position_curve(bits, context=context, whole=whole))
-    return float(whole.mean()), tuple(values), tuple(curves)
+    positions = curve_positions(length)
+    whole = measure(None, 0)
+    bits = [measure(context, half) for context in positions[:-1]] + [whole[:, half:]]
+    return float(whole.double().mean()), position_curve(positions, bits)
 
 
 def draw_sample(trainer: Trainer) -> Sample:
@@ -96,7 +84,7 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_plots(trainer: Trainer, curves: tuple[PositionCurve, ...], *, parameters: int) -> list[Path]:
+def draw_plots(trainer: Trainer, curve: PositionCurve, *, parameters: int) -> list[Path]:
     """Write loss.png and position.png; the files written."""
     from .plots import plot_loss, plot_position
 
@@ -106,7 +94,7 @@ def draw_plots(trainer: Trainer, curves: tuple[PositionCurve, ...], *, parameter
     paths = [folder / "loss.png", folder / "position.png"]
     plot_loss(records, paths[0], title=f"Loss over training\n{what}")
     title = f"What context is worth\n{what}"
-    plot_position(curves, paths[1], title=title, segment_lengths=model.segment_lengths)
+    plot_position(curve, paths[1], title=title, segment_lengths=model.segment_lengths)
     return paths
 
 
@@ -114,7 +102,7 @@ def finish_run(trainer: Trainer) -> tuple[Summary, Sample | None, list[Path]]:
     """Evaluate, plot, generate; returns the summary, the sample if there is one, and the files written."""
     folder = trainer.folder
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    overall, values, curves = _compare_contexts(trainer)
+    overall, curve = _measure(trainer)
     trained = trainer.config.trained_bytes(trainer.step)
     summary = Summary(
         parameters=parameters,
@@ -124,10 +112,9 @@ def finish_run(trainer: Trainer) -> tuple[Summary, Sample | None, list[Path]]:
         tokens_per_second=trained / max(trainer.seconds, 1e-9),
         held_out_windows=len(trainer.held_out),
         held_out_bits_per_byte=overall,
-        contexts=values,
-        position_curves=curves,
+        position_curve=curve,
     )
-    files = draw_plots(trainer, curves, parameters=parameters) if can_plot() else []
+    files = draw_plots(trainer, curve, parameters=parameters) if can_plot() else []
     sample = None
     if trainer.config.training.sample_bytes:
         sample = draw_sample(trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from ..models import LongNetLM
 from .checkpoint import Checkpoint, CheckpointError, iter_tensor_problems, newest_checkpoint, read_checkpoint
 from .config import RunConfig
+from .optim import Muon
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
 RANDOM = "random"
+
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def load_model_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -28,36 +31,44 @@ def load_model_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     model.load_state_dict(saved)
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _owners(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+    """Every trained parameter with its name and the optimizer that it belongs to."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter in owner:
+            yield name, parameter, owner[parameter]
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter>.<entry>``; empty before the first step."""
+def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """The optimizers' state as ``<parameter>.<entry>``; empty before the first step."""
     return {
         f"{name}.{entry}": value.contiguous()
-        for name, parameter in _named(model).items()
+        for name, parameter, optimizer in _owners(model, optimizers)
         for entry, value in optimizer.state[parameter].items()
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors` for AdamW.
+def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, saved: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors` for AdamW and Muon.
 
     Raises:
-        CheckpointError: the tensors are not AdamW's for this model.
+        CheckpointError: the tensors are not those of these optimizers for this model.
     """
-    expected: dict[str, Tensor] = {}
-    for name, parameter in _named(model).items() if saved else ():
-        expected |= {f"{name}.exp_avg": parameter, f"{name}.exp_avg_sq": parameter}
-        expected[f"{name}.step"] = torch.tensor(0.0)
-    if problem := next(iter_tensor_problems(saved, expected), None):
+    if not saved:
+        return
+    expected: dict[str, dict[str, Tensor]] = {}
+    for name, parameter, optimizer in _owners(model, optimizers):
+        if isinstance(optimizer, Muon):
+            expected[name] = {"momentum": parameter}
+        else:
+            step = torch.zeros((), device=parameter.device)
+            expected[name] = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
+    flat = {f"{name}.{entry}": tensor for name, state in expected.items() for entry, tensor in state.items()}
+    if problem := next(iter_tensor_problems(saved, flat), None):
         raise CheckpointError(f"the checkpoint's optimizer does not fit its model: {problem}")
-    for name, parameter in _named(model).items() if saved else ():
+    for name, parameter, optimizer in _owners(model, optimizers):
         optimizer.state[parameter] = {
-            "step": saved[f"{name}.step"].clone(),
-            "exp_avg": saved[f"{name}.exp_avg"].to(parameter.device, copy=True),
-            "exp_avg_sq": saved[f"{name}.exp_avg_sq"].to(parameter.device, copy=True),
+            entry: saved[f"{name}.{entry}"].to(like.device, copy=True) for entry, like in expected[name].items()
         }
 
 
