@@ -65,12 +65,11 @@ def test_what_the_hopper_kernels_refuse():
         ({"dim": 80}, False, "equal head dims"),
         ({"mask": torch.zeros(1, 32768, dtype=torch.bool)}, False, "no key_padding_mask"),
         ({"dropout_p": 0.1}, False, "no dropout"),
-        ({"padding": "zeros"}, False, 'no padding="zeros"'),
         ({"mixing_grad": "detached"}, True, 'mixing_grad="exact" alone'),
         ({"rows": 70}, False, "need 512 rows for a rate of 4, or a multiple of it, not 70"),
     ):
         assert reason in (gluon.unsupported(problem(**given), backward=backward) or "")
-    assert gluon.unsupported(problem(padding="zeros", is_causal=True)) is None
+    assert gluon.unsupported(problem(padding="zeros")) is None
     assert gluon.unsupported(problem(mixing_grad="detached")) is None
     negative = problem()
     negative = replace(negative, options=replace(negative.options, scale=-1.0))

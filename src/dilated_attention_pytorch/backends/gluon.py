@@ -60,8 +60,6 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
         return "the kernels take no key_padding_mask"
     if options.dropout_p:
         return "the kernels take no dropout"
-    if options.padding == "zeros" and not options.is_causal:
-        return 'the kernels take no padding="zeros"'
     if options.scale <= 0:
         return f"the kernels need a positive scale, not {options.scale}"
     if backward and options.mixing_grad != "exact":
@@ -123,6 +121,7 @@ def forward(
         is_causal=problem.options.is_causal,
         scale=problem.options.scale,
     )
+    triton.add_zero_keys_(out, lse, problem)
     if not triton.covered(problem, "query"):  # rows in no document belong to no tile
         absent = triton.outside(problem, query.device)
         out.masked_fill_(absent[:, :, None, None], 0)

@@ -18,6 +18,8 @@ from ..types import Document, Shape
 from .problem import Problem
 
 _LARGEST_DIM = 256
+_ROWS = 64
+"""Rows that one program of a kernel without products takes."""
 _DECODED_ROWS = 8
 """Query rows up to which the keys of each are shared among programs."""
 
@@ -221,10 +223,10 @@ def _forward(
         "out": out,
         "lse": lse,
         "first_branch": first_branch,
-        "ZEROS": problem.options.padding == "zeros" and not problem.options.is_causal,
     }
     if shape.query_rows <= _DECODED_ROWS:
         _decode(aligned, problem, common)
+        add_zero_keys_(out, lse, problem)
         return _narrow(out, shape.value_dim), lse
     size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
     table, stride = tiles(problem, size.block, "query")
@@ -233,7 +235,25 @@ def _forward(
             *aligned, cells=table, num_cells=len(table), stride=stride, BLOCK=size.block, KEYS=size.others,
             num_warps=size.warps, num_stages=size.stages, **common,
         )  # fmt: skip
+    add_zero_keys_(out, lse, problem)
     return _narrow(out, shape.value_dim), lse
+
+
+def add_zero_keys_(out: Tensor, lse: Tensor, problem: Problem) -> None:
+    """Join the zero keys of ``padding="zeros"`` to a finished (out, lse), in place; most rows have none."""
+    from ..kernels.zero_keys import zero_keys_kernel
+
+    if problem.options.padding != "zeros" or problem.options.is_causal:
+        return
+    if all(d.length % w == 0 and w % r == 0 for d in problem.documents for w, r in _pairs(problem.pattern)):
+        return
+    table = _cell_table(problem.pattern, problem.shape, problem.documents, _ROWS, "query", problem.device)
+    zero_keys_kernel[(len(table) * problem.shape.heads,)](
+        out, lse, cells=table, branches=_branch_table(problem.pattern, problem.device), num_cells=len(table), stride=1,
+        interleaved=int(problem.pattern.head_offsets == "interleaved"), num_branches=len(problem.pattern.branches),
+        num_heads=problem.shape.heads, query_rows_total=problem.shape.query_rows, DV=out.shape[3],
+        PADDED_V=_padded(out.shape[3]), BLOCK=_ROWS,
+    )  # fmt: skip
 
 
 def _narrow(tensor: Tensor, dim: int) -> Tensor:
@@ -366,9 +386,9 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
 
     delta = torch.empty(out.shape[:3], device=out.device)
     rows = delta.numel()
-    delta_kernel[(-(-rows // 64),)](
+    delta_kernel[(-(-rows // _ROWS),)](
         out, grad_out, delta if grad_lse is None else grad_lse.contiguous(), delta, rows, *grad_out.stride()[:3],
-        out.shape[1], out.shape[2], DV=out.shape[3], PADDED_V=_padded(out.shape[3]), BLOCK=64,
+        out.shape[1], out.shape[2], DV=out.shape[3], PADDED_V=_padded(out.shape[3]), BLOCK=_ROWS,
         HAS_LSE=grad_lse is not None,
     )  # fmt: skip
     return delta

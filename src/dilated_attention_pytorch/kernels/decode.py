@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import COUNTS, head_offset, kept, load_rows, run_of, zero_keys_of
+from .tile import COUNTS, head_offset, kept, load_rows, run_of
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def decode_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, hidden_batch,
     scale_log2, seed, drop_below, keep_scale,
     KEYS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, DV: tl.constexpr,
-    PADDED_V: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DROPOUT: tl.constexpr, ZEROS: tl.constexpr,
+    PADDED_V: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (B, Nq, H, DV) and lse (B, Nq, H) of one row and head.
@@ -38,7 +38,7 @@ def decode_kernel(
     head, cell = task % num_heads, cells + (task // num_heads) * 8
     batch = tl.load(cell).to(tl.int64)
     row, position = tl.load(cell + 1), tl.load(cell + 2)
-    key_row0, begin, end, document = tl.load(cell + 4), tl.load(cell + 5), tl.load(cell + 6), tl.load(cell + 7)
+    key_row0, begin, end = tl.load(cell + 4), tl.load(cell + 5), tl.load(cell + 6)
     columns, dims, value_dims = tl.arange(0, KEYS), tl.arange(0, PADDED), tl.arange(0, PADDED_V)
     q = tl.load(query + batch * q_batch + row.to(tl.int64) * q_row + head * q_head + dims, mask=dims < D, other=0.0)
     q = q.to(tl.float32) * scale_log2
@@ -83,15 +83,6 @@ def decode_kernel(
             v_pointers = value + batch * v_batch + kv_head * v_head + rows[:, None] * v_row + value_dims[None, :]
             v = load_rows(v_pointers, seen, DV)
             accumulator = accumulator * decay + tl.sum(v.to(tl.float32) * p[:, None], 0)
-            largest = new
-        if ZEROS:
-            active = (position % length) % rate == offset
-            missing = zero_keys_of(position // length * length, length, rate, offset, document)
-            missing = tl.where(active & (split == 0), missing, 0)
-            new = tl.where(missing > 0, tl.maximum(largest, 0.0), largest)
-            decay = tl.where(new == -float("inf"), 1.0, tl.exp2(largest - new))
-            total = total * decay + tl.where(missing > 0, missing.to(tl.float32) * tl.exp2(-new), 0.0)
-            accumulator = accumulator * decay
             largest = new
     own = parts + tl.program_id(0).to(tl.int64) * (PADDED_V + 2)
     one = tl.arange(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import COUNTS, head_offset, kept, load_rows, locate, rows_of, run_of, zero_keys_of
+from .tile import COUNTS, head_offset, kept, load_rows, locate, rows_of, run_of
 
 
 @triton.jit
@@ -102,7 +102,6 @@ def forward_kernel(
     CAUSAL: tl.constexpr,
     HIDDEN: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ZEROS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out (B, Nq, H, DV) and lse (B, Nq, H), both contiguous, of one tile of query rows."""
@@ -113,7 +112,7 @@ def forward_kernel(
     count = (tl.load(cell + 3) - residue + stride - 1) // stride
     if count <= 0:
         return
-    key_row0, begin, end, document = tl.load(cell + 4), tl.load(cell + 5), tl.load(cell + 6), tl.load(cell + 7)
+    key_row0, begin, end = tl.load(cell + 4), tl.load(cell + 5), tl.load(cell + 6)
     steps, columns = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     dims, value_dims = tl.arange(0, PADDED), tl.arange(0, PADDED_V)
     in_tile = steps < count
@@ -166,14 +165,6 @@ def forward_kernel(
                     k_pointers += jump * k_row
                     v_pointers += jump * v_row
                     hidden_pointers += jump
-                if ZEROS:
-                    missing = zero_keys_of(start, length, rate, offset, document)
-                    new = tl.where(active & (missing > 0), tl.maximum(largest, 0.0), largest)
-                    decay = tl.where(new == -float("inf"), 1.0, tl.exp2(largest - new))
-                    weight = tl.where(active & (missing > 0), missing.to(tl.float32) * tl.exp2(-new), 0.0)
-                    total = total * decay + weight
-                    accumulator = accumulator * decay[:, None]
-                    largest = new
     share = tl.where(total > 0, 1.0 / total, 0.0)
     target = (batch * query_rows_total + rows) * num_heads + head
     tl.store(
