@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -53,23 +55,42 @@ def make_problem(
         cu_seqlens=cu_seqlens,
         suffix_mask=key_padding_mask if padding == "zeros" else None,
     )
-    options = Options(
-        is_causal,
-        1 / math.sqrt(query.shape[3]) if scale is None else scale,
-        dropout_p,
-        cast(Padding, padding),
-        cast(MixingGrad, mixing_grad),
-    )
-    return Problem(
-        DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), cast(HeadOffsets, head_offsets)),
+    return _problem(
+        tuple(segment_lengths),
+        tuple(dilation_rates),
+        head_offsets,
         shape,
-        options,
+        Options(
+            is_causal,
+            1 / math.sqrt(query.shape[3]) if scale is None else scale,
+            dropout_p,
+            cast(Padding, padding),
+            cast(MixingGrad, mixing_grad),
+        ),
         documents,
         query.dtype,
         device or str(query.device),
-        has_mask=key_padding_mask is not None,
-        fold=all(map(foldable, (query, key, value))),
+        key_padding_mask is not None,
+        all(map(foldable, (query, key, value))),
     )
+
+
+@lru_cache(maxsize=256)
+def _problem(
+    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str, *rest: Any
+) -> Problem:
+    """One Problem for equal calls, so that what it works out (plan, pattern) is worked out once."""
+    return Problem(DilatedPattern(segment_lengths, dilation_rates, cast(HeadOffsets, head_offsets)), *rest)
+
+
+@contextmanager
+def _no_autocast(device: str) -> Iterator[None]:
+    """Leave dtypes as they are: the public functions have cast already."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
 
 
 def _forward(
@@ -97,7 +118,7 @@ def _forward(
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
     )  # fmt: skip
     chosen = choose(backend, problem).backend
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         return chosen.forward(
             query, key, value, problem, mask=key_padding_mask, seed=None if seed is None else int(seed.item())
         )
@@ -145,7 +166,7 @@ def _backward(
         grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)
     if key_padding_mask is not None:  # only then is such a row part of a call
         grad_out = grad_out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,
             mask=key_padding_mask, seed=None if seed is None else int(seed.item()),

@@ -1,7 +1,8 @@
 """The command ``dilated-attention``: one file a command, loaded when it is called.
 
-To add a command, write ``cli/<name>.py`` with a function ``<name>`` that typer can call, and add a line to
-`COMMANDS`. The module may import typer at its top; what loads torch belongs inside the function.
+To add a command, write ``cli/<name>.py`` with a function ``<name>`` that typer can call (or a ``typer.Typer`` of that
+name, for a command with commands of its own), and add a line to `COMMANDS`. The module may import typer at its top;
+what loads torch belongs inside the function.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .errors import WRONG_INPUT, fail
 
 
 class CommandEntry(NamedTuple):
-    """Where a command is, relative to this package (its function has that name too), and a line of help."""
+    """Where a command is, relative to this package (what typer calls has that name too), and a line of help."""
 
     module: str
     help: str
@@ -27,6 +28,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "explain": CommandEntry("explain", "Show which calls compute a pattern on given shapes, and what they cost."),
     "verify": CommandEntry("verify", "Check outputs and gradients on this machine against the oracle."),
     "doctor": CommandEntry("doctor", "Report versions, devices, and the backends with a timing of each."),
+    "bench": CommandEntry("bench", "Compare attention over sequence lengths: times, memory, a plot."),
 }
 
 
@@ -68,8 +70,11 @@ class CommandTable(TyperGroup):
 def load_command(name: str) -> Any:
     """Import a command of the table and build it."""
     module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
+    found = getattr(module, COMMANDS[name].module)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
     single = typer.Typer(add_completion=False)
-    single.command(name, help=getattr(module, COMMANDS[name].module).__doc__)(getattr(module, COMMANDS[name].module))
+    single.command(name, help=found.__doc__)(found)
     return typer.main.get_command(single)
 
 

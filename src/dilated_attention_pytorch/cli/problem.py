@@ -61,7 +61,7 @@ def read_problem(
     if segments is None or rates is None:
         pattern = DilatedPattern.geometric(length, max_rate=max(1, heads))
     else:
-        pattern = DilatedPattern(_integers("--segments", segments), _integers("--rates", rates))
+        pattern = DilatedPattern(integers("--segments", segments), integers("--rates", rates))
     kv = heads if kv_heads is None else kv_heads
     shapes = (
         (batch, length if query_length is None else query_length, heads, head_dim),
@@ -75,7 +75,7 @@ def read_problem(
     return (*shapes, pattern.segment_lengths, pattern.dilation_rates), chosen
 
 
-def _integers(name: str, text: str) -> tuple[int, ...]:
+def integers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
