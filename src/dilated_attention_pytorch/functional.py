@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from torch import Tensor
 from .backends.dispatch import check_backend
 from .backends.ops import attention_forward
 from .patterns import DilatedPattern
-from .types import AttentionOutput, HeadOffsets, MixingGrad, Padding
+from .types import AttentionOutput, HeadOffsets, MixingGrad, Options, Padding
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +37,7 @@ def dilated_attention(
     padding: Padding = "mask",
     mixing_grad: MixingGrad = "exact",
     backend: str = "auto",
+    parallel: ContextParallel | None = None,
 ) -> Tensor:
     """LongNet's dilated attention (arXiv 2307.02486, sections 3.1 to 3.3), as one softmax over all branches.
 
@@ -60,6 +65,8 @@ def dilated_attention(
             pretrained GigaPath and LongViT weights expect. Nothing when causal.
         mixing_grad: "exact", or "detached": the mixing weights are constants for the gradient, as torchscale does.
         backend: "auto", or the name of one (see `available_backends`); `explain` shows what "auto" picks.
+        parallel: a `ContextParallel` of which every rank gives its rows (`ContextParallel.shard`) and gets the result
+            for them; N, cu_seqlens and key_start are those of the whole sequence.
 
     Returns:
         (B, N_q, H, D_v) in the dtype of the query; 0 for a row without any key.
@@ -90,6 +97,7 @@ def dilated_attention(
         padding=padding,
         mixing_grad=mixing_grad,
         backend=backend,
+        parallel=parallel,
     ).out
 
 
@@ -110,6 +118,7 @@ def dilated_attention_with_lse(
     padding: Padding = "mask",
     mixing_grad: MixingGrad = "exact",
     backend: str = "auto",
+    parallel: ContextParallel | None = None,
 ) -> AttentionOutput:
     """`dilated_attention` together with the log-sum-exp that joins it with other partial results.
 
@@ -142,9 +151,46 @@ def dilated_attention_with_lse(
         mixing_grad=mixing_grad,
     )
     check_backend(backend)
+    if parallel is not None:
+        return _attend_in_parallel(parallel, arguments, backend)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     out, lse = attention_forward(**arguments, seed=seed, backend=backend)
     return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
+
+
+def _attend_in_parallel(parallel: ContextParallel, arguments: dict[str, Any], backend: str) -> AttentionOutput:
+    """Over a sharded sequence: raises for what only one device can do before any rank waits for another."""
+    refused = {
+        "dropout_p": arguments["dropout_p"] != 0.0,
+        "key_padding_mask": arguments["key_padding_mask"] is not None,
+        "key_start as a tensor": arguments["key_starts"] is not None,
+        'mixing_grad="detached"': arguments["mixing_grad"] != "exact",
+    }
+    for name, given in refused.items():
+        if given:
+            raise ValueError(
+                f"{name} does not go with parallel=; pack documents with cu_seqlens, or leave parallel out"
+            )
+    query, scale = arguments["query"], arguments["scale"]
+    options = Options(
+        arguments["is_causal"],
+        1 / math.sqrt(query.shape[3]) if scale is None else scale,
+        0.0,
+        arguments["padding"],
+        arguments["mixing_grad"],
+    )
+    pattern = DilatedPattern(arguments["segment_lengths"], arguments["dilation_rates"], arguments["head_offsets"])
+    out, lse = parallel.attend(
+        query,
+        arguments["key"],
+        arguments["value"],
+        pattern,
+        options,
+        cu_seqlens=arguments["cu_seqlens"],
+        key_start=arguments["key_start"],
+        backend=backend,
+    )
+    return AttentionOutput(out, lse.transpose(1, 2))
 
 
 def checked_arguments(

@@ -1,0 +1,152 @@
+"""Sharded attention over real gloo processes against the dense oracle, and what travels against a count of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dilated_attention_pytorch.patterns import DilatedPattern
+from dilated_attention_pytorch.testing import (
+    RESULTS,
+    Case,
+    error_bound,
+    largest_summands,
+    max_error,
+    multiplicity,
+    oracle,
+    results,
+)
+
+CASES = {
+    "inside": {"key_rows": 64, "segment_lengths": (8, 16), "dilation_rates": (1, 2)},
+    "across": {"key_rows": 60, "segment_lengths": (16, 60), "dilation_rates": (1, 4)},
+    "straddling": {"key_rows": 61, "segment_lengths": (9, 25, 100), "dilation_rates": (1, 3, 5)},
+    "whole": {"key_rows": 43, "segment_lengths": (50,), "dilation_rates": (1,)},
+    "causal": {"key_rows": 61, "segment_lengths": (9, 25, 100), "dilation_rates": (1, 3, 5), "is_causal": True},
+    "grouped": {
+        "key_rows": 50, "segment_lengths": (12, 60), "dilation_rates": (1, 4), "kv_heads": 2, "group": 3,
+    },
+    "interleaved": {
+        "key_rows": 50, "segment_lengths": (7, 60), "dilation_rates": (2, 3), "head_offsets": "interleaved",
+        "grad_lse": True,
+    },
+    "packed": {"key_rows": 70, "segment_lengths": (8, 40), "dilation_rates": (1, 2), "cuts": (3, 40, 41, 65)},
+    "packed_causal": {
+        "key_rows": 70, "segment_lengths": (8, 40), "dilation_rates": (1, 2), "cuts": (3, 40), "is_causal": True,
+    },
+    "evicted": {"key_rows": 40, "segment_lengths": (16, 64), "dilation_rates": (1, 2), "key_start": 29},
+    "left_padding": {"key_rows": 40, "segment_lengths": (16, 64), "dilation_rates": (1, 2), "key_start": -13},
+    "zeros": {"key_rows": 47, "segment_lengths": (10, 64), "dilation_rates": (1, 4), "padding": "zeros"},
+    "value_dim": {"key_rows": 30, "segment_lengths": (12, 64), "dilation_rates": (1, 4), "value_dim": 12},
+    "bfloat16": {
+        "key_rows": 61, "segment_lengths": (9, 25, 100), "dilation_rates": (1, 3, 5), "dtype": torch.bfloat16,
+    },
+    "few_rows": {"key_rows": 4, "segment_lengths": (3, 9), "dilation_rates": (1, 2), "batch": 1},
+}  # fmt: skip
+
+
+def assemble(answers, case):
+    """The results of all ranks as whole tensors, in the dtypes of the results."""
+    for rank, (status, answer) in enumerate(answers):
+        assert status == "done", f"rank {rank}: {answer}"
+    whole = {}
+    for i, name in enumerate(RESULTS):
+        dtype = torch.promote_types(case.dtype, torch.float32) if name == "lse" else case.dtype
+        parts = [answer["results"][i] for _, answer in answers]
+        joined = np.empty((parts[0].shape[0], case.key_rows, *parts[0].shape[2:]))
+        for part, (_, answer) in zip(parts, answers, strict=True):
+            joined[:, answer["rows"]] = part
+        tensor = torch.from_numpy(joined).to(dtype)
+        whole[name] = tensor.transpose(1, 2) if name == "lse" else tensor
+    return whole
+
+
+def check(case, answers):
+    got = assemble(answers, case)
+    dense = partial(oracle, **case.options())
+    tensors = case.tensors()
+    exact = [t.double() for t in tensors]
+    gold, eager = (results(dense, inputs, grad_lse=case.grad_lse) for inputs in (exact, tensors))
+    for index, name in enumerate(RESULTS):
+        dtype = got[name].dtype
+        error, bound = max_error(got[name], gold[name]), error_bound(gold[name], eager[name], dtype)
+        if not error <= bound:
+            summand = largest_summands(exact, grad_lse=case.grad_lse, **case.options())[index]
+            bound = error_bound(gold[name], eager[name], dtype, summand=summand)
+        assert error <= bound, f"{name}: {error:.3g} > {bound:.3g}"
+    for _, answer in answers:
+        assert max_error(torch.from_numpy(answer["unsharded"]), got["out"].double()) == 0
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_bound_b_of_every_option(pool, options, layout, strategy):
+    case = Case(**{"seed": 2, "kv_heads": 4, "batch": 1 if "cuts" in options else 2, **options})
+    for world in (1, 2, 3, 4):
+        check(case, pool.run(world, case, strategy, layout))
+
+
+def expected_bytes(case, answers, itemsize):
+    """What each rank has to send: every active row that another rank's row attends to, once a key head and branch."""
+    q, k, v = case.tensors()[:3]
+    sent = [0] * len(answers)
+    owner = np.empty(case.key_rows, dtype=int)
+    for rank, (_, answer) in enumerate(answers):
+        owner[answer["rows"]] = rank
+    group = q.shape[2] // k.shape[2]
+    pattern = DilatedPattern(case.segment_lengths, case.dilation_rates, case.head_offsets)
+    position, document = torch.arange(case.key_rows) + case.key_start, torch.zeros(case.key_rows)
+    shown = multiplicity(pattern, q.shape[2], position, document, case.key_rows, is_causal=case.is_causal).numpy()
+    for m in shown:
+        for target in range(len(answers)):
+            for source in range(len(answers)):
+                if target == source:
+                    continue
+                met = m[:, owner == target][:, :, owner == source].any(1)
+                by_key_head = met.reshape(k.shape[2], group, -1).any(1)
+                sent[source] += int(by_key_head.sum()) * k.shape[0] * (k.shape[3] + v.shape[3]) * itemsize
+    return sent
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", ["inside", "across", "straddling", "causal", "grouped", "whole"])
+def test_what_travels_is_what_is_needed(pool, name, layout):
+    case = Case(**{"seed": 2, "kv_heads": 4, "batch": 2, **CASES[name]})
+    for world in (2, 4):
+        for strategy in ("ring", "gather"):
+            answers = pool.run(world, case, strategy, layout)
+            sent = expected_bytes(case, answers, 4)
+            assert [answer["forward"][0] for _, answer in answers] == sent
+            # Backward: keys and values once more, and their gradients home, in float32.
+            assert sum(answer["total"][0] for _, answer in answers) == 3 * sum(sent)
+            if name == "inside" and layout == "contiguous":
+                assert sum(sent) == 0
+                assert all(answer["total"][1] == 0 for _, answer in answers)
+
+
+def test_ranks_that_were_asked_for_different_things_all_say_so(pool):
+    case = Case(seed=1, key_rows=40, segment_lengths=(16, 64), dilation_rates=(1, 2), kv_heads=4)
+    for other, word in ((replace(case, is_causal=True), "options"), (replace(case, head_dim=16), "shape")):
+        answers = pool.run(3, [case, case, other], "ring", "contiguous")
+        for status, answer in answers:
+            assert status == "raised"
+            assert f"rank 2 has {word}" in answer
+    check(case, pool.run(3, case, "ring", "contiguous"))
+
+
+def test_what_does_not_go_with_parallel_is_refused_at_once(pool):
+    case = Case(seed=1, key_rows=40, segment_lengths=(16, 64), dilation_rates=(1, 2), kv_heads=4)
+    for options, word in (
+        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"hidden": "random"}, "key_padding_mask"),
+        ({"mixing_grad": "detached"}, "mixing_grad"),
+        ({"key_rows": 2}, "2 rows for 4 ranks"),
+    ):
+        for status, answer in pool.run(4, replace(case, **options), "ring", "contiguous"):
+            assert status == "raised"
+            assert word in answer

@@ -1,0 +1,67 @@
+"""One rank of a pool of gloo processes: runs the cases that the test process sends, until it hangs up."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from multiprocessing.connection import Client
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_attention_pytorch import dilated_attention_with_lse
+from dilated_attention_pytorch.parallel import ContextParallel
+from dilated_attention_pytorch.testing import Case
+
+
+def attend(mesh: DeviceMesh, case: Case, strategy: str, layout: str) -> dict[str, object]:
+    """This rank's rows of out, lse, dq, dk, dv, which rows they are, and what was sent in each direction."""
+    parallel = ContextParallel(mesh, strategy=strategy, layout=layout)
+    query, key, value, grad_out, grad_lse = case.tensors()
+    leaves = [parallel.shard(t, 1).requires_grad_() for t in (query, key, value)]
+    out, lse = dilated_attention_with_lse(*leaves, **case.options(), parallel=parallel)
+    forward = parallel.traffic.bytes_sent, parallel.traffic.messages_sent
+    outputs, grads = [out], [parallel.shard(grad_out, 1)]
+    if case.grad_lse:
+        outputs, grads = [out, lse], [*grads, parallel.shard(grad_lse, 2)]
+    gradients = torch.autograd.grad(outputs, leaves, grads)
+    found = [t.detach().double().numpy() for t in (out, lse.transpose(1, 2), *gradients)]
+    whole = parallel.unshard(out.detach(), 1)
+    return {
+        "rows": parallel.positions().numpy(),
+        "results": found,
+        "unsharded": whole.double().numpy(),
+        "forward": forward,
+        "total": (parallel.traffic.bytes_sent, parallel.traffic.messages_sent),
+    }
+
+
+def main() -> None:
+    """Connect, join the process group, serve."""
+    address, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
+    meshes = {}
+    with Client(address, authkey=b"pool") as connection:
+        connection.send(rank)
+        while True:
+            try:
+                size, *arguments = connection.recv()
+            except EOFError:
+                break
+            try:
+                if size not in meshes:
+                    meshes[size] = DeviceMesh.from_group(groups[size], "cpu")
+                connection.send(("done", attend(meshes[size], *arguments)))
+            except Exception:
+                connection.send(("raised", traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
