@@ -7,6 +7,7 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from .backends.dispatch import check_backend
 from .functional import check_choices, dilated_attention
 from .patterns import DilatedPattern
 from .types import HeadOffsets, MixingGrad, Padding
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
 
 
 class DilatedAttention(nn.Module):
@@ -74,12 +78,14 @@ class DilatedAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Query ``(B, Nq, H, D)``, key ``(B, Nk, G, D)``, value ``(B, Nk, G, D_v)`` to ``(B, Nq, H, D_v)``.
 
         ``is_causal`` None takes the value given at construction. ``key_padding_mask`` is ``(B, Nk)`` bool,
-        True = ignore; ``cu_seqlens`` and ``key_start`` say where documents begin, as for
-        :func:`dilated_attention`, which also raises for whatever does not fit together.
+        True = ignore; ``cu_seqlens`` and ``key_start`` say where documents begin, and ``parallel`` that the rows are
+        one rank's of a sharded sequence, as for :func:`dilated_attention`, which also raises for whatever does not
+        fit together.
         """
         return dilated_attention(
             query,
@@ -97,6 +103,7 @@ class DilatedAttention(nn.Module):
             padding=self.padding,
             mixing_grad=self.mixing_grad,
             backend=self.backend,
+            parallel=parallel,
         )
 
     def extra_repr(self) -> str:
@@ -275,6 +282,7 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
+        parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, None]:
         """Project, attend, project: query ``(B, Nq, E)`` to ``(out (B, Nq, E), None)``.
 
@@ -285,7 +293,8 @@ class MultiheadDilatedAttention(nn.Module):
             need_weights, attn_mask, average_attn_weights: there for callers of ``nn.MultiheadAttention``;
                 weights and dense masks are refused, the last has no effect without weights.
             is_causal: each query attends only to keys at or before it.
-            cu_seqlens, key_start: where documents begin, as for :func:`dilated_attention`.
+            cu_seqlens, key_start, parallel: where documents begin and the sequence lives, as for
+                :func:`dilated_attention`.
 
         Raises:
             ValueError: inputs of the wrong shape, ``need_weights=True``, an ``attn_mask``.
@@ -313,6 +322,7 @@ class MultiheadDilatedAttention(nn.Module):
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
             key_start=key_start,
+            parallel=parallel,
         ).flatten(-2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)

@@ -30,11 +30,14 @@ class Pool:
                 connection = listener.accept()
                 self.connections[connection.recv()] = connection
 
-    def run(self, world: int, *arguments: Any) -> list[tuple[str, Any]]:
-        """What each of the first ``world`` ranks gives back: ("done", result) or ("raised", traceback)."""
+    def run(self, task: str, world: int, *arguments: Any) -> list[tuple[str, Any]]:
+        """What each of the first ``world`` ranks gives back: ("done", result) or ("raised", traceback).
+
+        A list among the arguments has one entry a rank.
+        """
         for rank in range(world):
             given = [argument[rank] if isinstance(argument, list) else argument for argument in arguments]
-            self.connections[rank].send((world, *given))
+            self.connections[rank].send((task, world, *given))
         answers = []
         for rank in range(world):
             assert self.connections[rank].poll(100), f"rank {rank} does not answer"

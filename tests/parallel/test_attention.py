@@ -88,7 +88,7 @@ def check(case, answers):
 def test_bound_b_of_every_option(pool, options, layout, strategy):
     case = Case(**{"seed": 2, "kv_heads": 4, "batch": 1 if "cuts" in options else 2, **options})
     for world in (1, 2, 3, 4):
-        check(case, pool.run(world, case, strategy, layout))
+        check(case, pool.run("attend", world, case, strategy, layout))
 
 
 def expected_bytes(case, answers, itemsize):
@@ -119,7 +119,7 @@ def test_what_travels_is_what_is_needed(pool, name, layout):
     case = Case(**{"seed": 2, "kv_heads": 4, "batch": 2, **CASES[name]})
     for world in (2, 4):
         for strategy in ("ring", "gather"):
-            answers = pool.run(world, case, strategy, layout)
+            answers = pool.run("attend", world, case, strategy, layout)
             sent = expected_bytes(case, answers, 4)
             assert [answer["forward"][0] for _, answer in answers] == sent
             # Backward: keys and values once more, and their gradients home, in float32.
@@ -132,11 +132,11 @@ def test_what_travels_is_what_is_needed(pool, name, layout):
 def test_ranks_that_were_asked_for_different_things_all_say_so(pool):
     case = Case(seed=1, key_rows=40, segment_lengths=(16, 64), dilation_rates=(1, 2), kv_heads=4)
     for other, word in ((replace(case, is_causal=True), "options"), (replace(case, head_dim=16), "shape")):
-        answers = pool.run(3, [case, case, other], "ring", "contiguous")
+        answers = pool.run("attend", 3, [case, case, other], "ring", "contiguous")
         for status, answer in answers:
             assert status == "raised"
             assert f"rank 2 has {word}" in answer
-    check(case, pool.run(3, case, "ring", "contiguous"))
+    check(case, pool.run("attend", 3, case, "ring", "contiguous"))
 
 
 def test_what_does_not_go_with_parallel_is_refused_at_once(pool):
@@ -147,6 +147,16 @@ def test_what_does_not_go_with_parallel_is_refused_at_once(pool):
         ({"mixing_grad": "detached"}, "mixing_grad"),
         ({"key_rows": 2}, "2 rows for 4 ranks"),
     ):
-        for status, answer in pool.run(4, replace(case, **options), "ring", "contiguous"):
+        for status, answer in pool.run("attend", 4, replace(case, **options), "ring", "contiguous"):
             assert status == "raised"
             assert word in answer
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("tied", [False, True], ids=["plain", "tied_and_checkpointed"])
+def test_a_language_model_computes_the_same_over_ranks(pool, layout, tied):
+    for world in (2, 3):
+        for rank, (status, answer) in enumerate(pool.run("train", world, layout, tied)):
+            assert status == "done", f"rank {rank}: {answer}"
+            assert answer["logits"] < 1e-12
+            assert answer["gradients"] < 1e-10

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_attention_pytorch import dilated_attention_with_lse
+from dilated_attention_pytorch import LongNetLM, LongNetLMConfig, dilated_attention_with_lse
 from dilated_attention_pytorch.parallel import ContextParallel
 from dilated_attention_pytorch.testing import Case
 
@@ -40,6 +40,31 @@ def attend(mesh: DeviceMesh, case: Case, strategy: str, layout: str) -> dict[str
     }
 
 
+def train(mesh: DeviceMesh, layout: str, tied: bool) -> dict[str, object]:
+    """Logits of this rank's rows and the gradients of the loss over all rows, of a model with the same weights."""
+    torch.manual_seed(0)
+    config = LongNetLMConfig(
+        vocab_size=50, context_length=64, embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(8, 40), dilation_rates=(1, 4),
+        tie_embeddings=tied, activation_checkpointing=tied,
+    )  # fmt: skip
+    model, tokens = LongNetLM(config).double(), torch.randint(50, (2, 62))
+    parallel = ContextParallel(mesh, layout=layout)
+    inputs, targets = parallel.shard(tokens[:, :-1], 1), parallel.shard(tokens[:, 1:], 1)
+    model.loss(inputs, targets, reduction="sum", parallel=parallel).backward()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad, group=parallel.group)
+    logits = parallel.unshard(model(inputs, parallel=parallel), 1)
+    alone = model(tokens[:, :-1])
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.loss(tokens[:, :-1], tokens[:, 1:], reduction="sum").backward()
+    errors = [float((a - p.grad).abs().max()) for a, p in zip(found, model.parameters(), strict=True)]
+    return {"logits": float((logits - alone).detach().abs().max()), "gradients": max(errors)}
+
+
+TASKS = {"attend": attend, "train": train}
+
+
 def main() -> None:
     """Connect, join the process group, serve."""
     address, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -51,13 +76,13 @@ def main() -> None:
         connection.send(rank)
         while True:
             try:
-                size, *arguments = connection.recv()
+                task, size, *arguments = connection.recv()
             except EOFError:
                 break
             try:
                 if size not in meshes:
                     meshes[size] = DeviceMesh.from_group(groups[size], "cpu")
-                connection.send(("done", attend(meshes[size], *arguments)))
+                connection.send(("done", TASKS[task](meshes[size], *arguments)))
             except Exception:
                 connection.send(("raised", traceback.format_exc()))
     dist.destroy_process_group()

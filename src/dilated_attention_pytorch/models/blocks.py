@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from ..modules import DilatedAttention
 from .config import LongNetLMConfig
 from .rope import RotaryTables, rotate
+
+if TYPE_CHECKING:
+    from ..parallel import ContextParallel
 
 
 class Factory(TypedDict):
@@ -22,11 +25,12 @@ class Factory(TypedDict):
 
 
 class Documents(NamedTuple):
-    """Where documents lie in the rows of a batch; see :func:`dilated_attention` for each."""
+    """Where documents lie in the rows of a batch, and the sequence on ranks; see :func:`dilated_attention`."""
 
     key_padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     key_start: int | Tensor
+    parallel: ContextParallel | None = None
 
 
 class Gains(NamedTuple):
@@ -202,6 +206,7 @@ class CausalSelfAttention(nn.Module):
             key_padding_mask=documents.key_padding_mask,
             cu_seqlens=documents.cu_seqlens,
             key_start=documents.key_start,
+            parallel=documents.parallel,
         )
         return self.out_proj(self.inner_norm(out.flatten(-2)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from .blocks import (
 )
 from .config import LongNetLMConfig
 from .rope import document_positions, rotary_tables
+
+if TYPE_CHECKING:
+    from ..parallel import ContextParallel
 
 
 class LongNetLM(nn.Module):
@@ -86,6 +89,7 @@ class LongNetLM(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Logits ``(B, N, vocab_size)`` of the token that follows each of ``tokens (B, N)`` int64.
 
@@ -95,12 +99,15 @@ class LongNetLM(nn.Module):
             cu_seqlens: ``(documents + 1,)`` boundaries of documents packed in one row of batch 1.
             key_start: position in the document of row 0, int or ``(B,)`` int64; ``-n`` for n tokens of
                 padding at the left, so that the document behind it is computed as if alone.
+            parallel: ``tokens`` are this rank's rows of a sharded sequence (``ContextParallel.shard``), and so are
+                the logits; cu_seqlens and key_start are those of the whole sequence.
 
         Raises:
             ValueError: tokens of the wrong shape, dtype or range (the range on the CPU only: elsewhere a look
-                would wait for the device), or document arguments that :func:`dilated_attention` refuses.
+                would wait for the device), document arguments that :func:`dilated_attention` refuses, or n-grams or
+                a short convolution over a sharded sequence, which would read rows of the neighbour.
         """
-        return self.logits(self.features(tokens, Documents(key_padding_mask, cu_seqlens, key_start)))
+        return self.logits(self.features(tokens, Documents(key_padding_mask, cu_seqlens, key_start, parallel)))
 
     def loss(
         self,
@@ -110,6 +117,7 @@ class LongNetLM(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
+        parallel: ContextParallel | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = -100,
         chunk: int = 4096,
@@ -119,7 +127,7 @@ class LongNetLM(nn.Module):
         Logits exist for ``chunk`` rows at a time and are recomputed in the backward, so a long context and a
         large vocabulary cost no ``N x vocab_size`` memory. Targets of ``ignore_index`` count 0. The mean is
         over the others, 0 when there are none; "none" gives ``(B, N)``. Further arguments are
-        :meth:`forward`'s.
+        :meth:`forward`'s; under ``parallel`` the loss is that of this rank's rows.
 
         Raises:
             ValueError: as :meth:`forward`; targets of another shape or dtype; an unknown reduction; a chunk
@@ -140,7 +148,7 @@ class LongNetLM(nn.Module):
             logits = logits.to(accumulator_dtype(logits.dtype))
             return F.cross_entropy(logits, targets_R, reduction="none", ignore_index=ignore_index)
 
-        features = self.features(tokens, Documents(key_padding_mask, cu_seqlens, key_start)).flatten(0, 1)
+        features = self.features(tokens, Documents(key_padding_mask, cu_seqlens, key_start, parallel)).flatten(0, 1)
         pairs = zip(features.split(chunk), targets.flatten().split(chunk), strict=True)
         if features.shape[0] <= chunk:
             losses = rows_loss(*next(pairs))
@@ -154,9 +162,15 @@ class LongNetLM(nn.Module):
 
     def features(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The normalised residual stream ``(B, N, embed_dim)`` that the logits are projected from."""
-        config = self.config
+        config, parallel = self.config, documents.parallel
+        if parallel is not None and (config.ngram_sizes or config.short_convolution):
+            name = "ngram_sizes" if config.ngram_sizes else "short_convolution"
+            raise ValueError(f"{name} reads rows that the neighbour rank holds; leave it out of the configuration")
         embedded = self._embed(tokens)
-        positions = document_positions(tokens, cu_seqlens=documents.cu_seqlens, key_start=documents.key_start)
+        rows = None if parallel is None else parallel.positions(tokens.device)
+        positions = document_positions(
+            tokens, cu_seqlens=documents.cu_seqlens, key_start=documents.key_start, rows=rows
+        )
         # Where every batch row is one document from its first row on, there is nothing of another to keep out.
         whole = documents.cu_seqlens is None and isinstance(documents.key_start, int) and documents.key_start >= 0
         inside = None if whole else positions

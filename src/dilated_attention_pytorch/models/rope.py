@@ -19,11 +19,14 @@ class RotaryTables(NamedTuple):
     sin: Tensor
 
 
-def document_positions(tokens: Tensor, *, cu_seqlens: Tensor | None = None, key_start: int | Tensor = 0) -> Tensor:
+def document_positions(
+    tokens: Tensor, *, cu_seqlens: Tensor | None = None, key_start: int | Tensor = 0, rows: Tensor | None = None
+) -> Tensor:
     """Position of each of ``tokens (B, N)`` in its document: int64 ``(1, N)``, or ``(B, N)`` by row.
 
     Row n is at ``n + key_start``, a number or one for each row of the batch; with ``cu_seqlens`` positions
-    count from the first row of each packed document. Shapes that do not fit are a ValueError.
+    count from the first row of each packed document. ``rows (N,)`` are the rows of the whole sequence that the
+    tokens are, where it is sharded. Shapes that do not fit are a ValueError.
 
     >>> document_positions(torch.zeros(1, 5), cu_seqlens=torch.tensor([0, 2, 5]))
     tensor([[0, 1, 0, 1, 2]])
@@ -31,7 +34,9 @@ def document_positions(tokens: Tensor, *, cu_seqlens: Tensor | None = None, key_
     tensor([[ 0,  1,  2],
             [-2, -1,  0]])
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if rows is None:
+        rows = torch.arange(tokens.shape[1], device=tokens.device)
+    positions = rows[None]
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; give (documents + 1,), at least 2")
