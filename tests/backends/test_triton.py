@@ -39,6 +39,7 @@ OPTIONS = {
     "more_rate_than_heads": {"segment_lengths": (20, 34), "dilation_rates": (5, 8)},
     "coprime": {"segment_lengths": (12, 17, 30), "dilation_rates": (1, 3, 4), "key_rows": 30},
     "scale": {"scale": 0.9},
+    "gradient_of_columns": {"layouts": ("heads_first", "heads_first", "heads_first", "columns")},
     "layouts": {"layouts": ("packed", "columns", "expanded", "strided_rows"), "batch": 2},
 }
 HALF = ("plain", "decode_mask", "causal", "random_mask_causal", "zeros_detached", "evicted", "coprime")
@@ -85,6 +86,58 @@ def test_dropout_keeps_what_philox_says():
     for head in range(2):
         kept = keep_mask(seed, p, branch=0, batch_heads=torch.tensor(head), query_rows=index, key_rows=index)
         torch.testing.assert_close(out[0, :, head], kept.float() / (1 - p) / rows)
+
+
+def test_a_sum_differentiates_like_the_reference():
+    q, k, v = (torch.randn(1, 12, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        dilated_attention_with_lse(*leaves, [8, 12], [1, 2], backend=backend).out.sum().backward()
+        found.append([t.grad for t in leaves])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_nan_at_rows_without_keys_goes_nowhere_and_elsewhere_it_shows():
+    q = torch.randn(1, 20, 1, 16, generator=torch.Generator().manual_seed(1))
+    leaves = [q.clone().requires_grad_() for _ in range(3)]
+    out, lse = dilated_attention_with_lse(*leaves, [5, 20], [3, 2], backend="triton")
+    empty = (lse[0, 0] == -torch.inf).clone()
+    assert 0 < empty.sum() < 20
+    grad = torch.ones_like(out).masked_fill(empty[None, :, None, None], torch.nan)
+    for gradient in torch.autograd.grad(out, leaves, grad):
+        assert torch.isfinite(gradient).all()
+    q[0, 3] = torch.nan
+    out, lse = dilated_attention_with_lse(q, q, q, [20], [1], backend="triton")
+    assert lse.isnan().all()
+    assert out.isnan().all()
+
+
+def test_the_default_dtype_changes_nothing():
+    q = torch.randn(1, 12, 2, 16)
+    expected = dilated_attention_with_lse(q, q, q, [8, 12], [1, 2], backend="triton")
+    torch.set_default_dtype(torch.float16)
+    try:
+        got = dilated_attention_with_lse(q, q, q, [8, 12], [1, 2], backend="triton")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.lse.dtype == torch.float32
+    assert torch.equal(got.out, expected.out)
+    assert torch.equal(got.lse, expected.lse)
+
+
+def test_huge_segments_and_positions():
+    q = torch.randn(1, 20, 2, 16, generator=torch.Generator().manual_seed(1))
+    for pattern, start in ((([2**31], [1]), 0), (([64, 2**30], [1, 1]), 2**30 - 64), (([2**40, 8], [2**40, 1]), 5)):
+        got, expected = (
+            dilated_attention_with_lse(q, q, q, *pattern, key_start=start, backend=backend)
+            for backend in ("triton", "reference")
+        )
+        torch.testing.assert_close(got.out, expected.out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got.lse, expected.lse, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="positions up to 2\\^30, and they reach 1073741844"):
+        dilated_attention_with_lse(q, q, q, [64], [2], key_start=2**30, backend="triton")
 
 
 def test_refusals_name_the_reason():

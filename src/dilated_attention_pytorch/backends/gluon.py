@@ -67,7 +67,9 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
     if backward and torch.are_deterministic_algorithms_enabled():
         return "the backward kernel adds dQ in any order, and torch.use_deterministic_algorithms is on"
     # Strided rows are read through views of the whole batch, which need some length where a rate does not divide it.
-    longest = max((document.position + document.rows for document in problem.documents), default=1)
+    longest = triton.longest_position(problem)
+    if longest > 1 << 30:
+        return f"the kernels count positions up to 2^30, and they reach {longest}"
     rates = (*pattern.dilation_rates, class_stride(pattern, _BLOCK, longest))
     for rows in {shape.batch * shape.query_rows, shape.batch * shape.key_rows}:
         for rate in rates:

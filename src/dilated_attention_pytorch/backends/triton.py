@@ -18,6 +18,8 @@ from ..types import Document, Shape
 from .problem import Problem
 
 _LARGEST_DIM = 256
+_LONGEST = 1 << 30
+"""Positions and lengths up to here leave sums of two of them in 32 bits."""
 _ROWS = 64
 """Rows that one program of a kernel without products takes."""
 _DECODED_ROWS = 8
@@ -56,6 +58,8 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
     largest = max(problem.shape.head_dim, problem.shape.value_dim)
     if largest > _LARGEST_DIM:
         return f"a head dim of {largest} does not fit a tile; at most {_LARGEST_DIM}"
+    if longest_position(problem) > _LONGEST:
+        return f"the kernels count positions up to 2^30, and they reach {longest_position(problem)}"
     if problem.options.scale <= 0:
         return f"the kernels need a positive scale, not {problem.options.scale}: they look for the largest score first"
     return None
@@ -72,6 +76,11 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
         deltas, own = len(problem.pattern.branches), rows * (shape.value_dim * size + 4)
     gradients = rows * shape.head_dim * size + keys * (shape.head_dim + shape.value_dim) * size
     return max(gradients, own) + deltas * rows * 4
+
+
+def longest_position(problem: Problem) -> int:
+    """The position behind the last row of the longest document, at least 1."""
+    return max((document.position + document.rows for document in problem.documents), default=1)
 
 
 @lru_cache(maxsize=16)
@@ -121,13 +130,14 @@ def _cell_table(
 
 @lru_cache(maxsize=64)
 def _branch_table(pattern: DilatedPattern, device: str) -> Tensor:
-    return torch.tensor(_pairs(pattern), dtype=torch.int32).to(device)
+    # A segment, or a rate, beyond every position is one of any such length.
+    clamped = [(min(w, _LONGEST), min(r, _LONGEST)) for w, r in _pairs(pattern)]
+    return torch.tensor(clamped, dtype=torch.int32).to(device)
 
 
 def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
     """The cell table on the device, and the class stride."""
-    longest = max((document.position + document.rows for document in problem.documents), default=1)
-    stride = class_stride(problem.pattern, block, longest)
+    stride = class_stride(problem.pattern, block, longest_position(problem))
     table = _cell_table(problem.pattern, problem.shape, problem.documents, block * stride, side, problem.device)
     return table, stride
 
@@ -136,13 +146,18 @@ def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def _unit(tensor: Tensor) -> int:
+    """Elements of 16 bytes, the widest load."""
+    return 16 // tensor.element_size()
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy with rows that start at multiples of 16 bytes, padded with zeros.
 
     Narrower loads would be slow; and Triton 3.6 overwrites a 16-bit operand that it cannot load asynchronously while
     the matrix unit still reads it.
     """
-    unit = 16 // tensor.element_size()
+    unit = _unit(tensor)
     steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
     if tensor.stride(3) == 1 and not any(n % unit for n in (tensor.shape[3], *steps)) and tensor.data_ptr() % 16 == 0:
         return tensor
@@ -177,8 +192,10 @@ def _shared(problem: Problem, mask: Tensor | None, seed: int | None, aligned: li
         "HIDDEN": mask is not None,
         "DROPOUT": dropout,
         "PRECISION": "tf32x3" if problem.dtype == torch.float32 else "tf32",
+        # In units of 16 bytes: Triton sees that a product with a constant is aligned, of an argument only so for 16.
+        "UNIT": _unit(aligned[0]),
         **{
-            f"{name}_{axis}": tensor.stride(i)
+            f"{name}_{axis}": tensor.stride(i) // _unit(tensor) if tensor.shape[i] > 1 else 0
             for name, tensor in zip("qkvg", aligned, strict=False)
             for i, axis in enumerate(("batch", "row", "head"))
         },
@@ -216,7 +233,7 @@ def _forward(
     dim, value_dim = aligned[0].shape[3], aligned[2].shape[3]
     whole = covered(problem, "query")
     out = _result((*query.shape[:3], value_dim), query, whole)
-    lse = torch.empty(query.shape[:3], device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not whole:
         lse.fill_(-torch.inf)
     common = _shared(problem, mask, seed, aligned) | {
@@ -271,14 +288,13 @@ def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> 
     if not tasks:
         return
     keys = 64 if common["PADDED"] * aligned[0].element_size() <= 256 else 32
-    longest = max(document.position + document.rows for document in problem.documents)
+    longest = longest_position(problem)
     blocks = sum(-(-min(w, longest) // r // keys) for w, r in _pairs(problem.pattern))
     wanted = max(1, min(blocks // 2, 4 * _processors(problem.device) // tasks, 64))
     splits = 1 << (wanted.bit_length() - 1)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     decode_kernel[(tasks * splits,)](
-        *aligned, parts=torch.empty(tasks * splits, common["PADDED_V"] + 2, device=device),
-        tickets=_tickets(1 << (tasks - 1).bit_length(), problem.device, stream), cells=table, num_cells=len(table),
+        *aligned, parts=torch.empty(tasks * splits, common["PADDED_V"] + 2, dtype=torch.float32, device=device),
+        tickets=_tickets(1 << (tasks - 1).bit_length(), device), cells=table, num_cells=len(table),
         stride=1, KEYS=keys, SPLITS=splits, num_warps=4, num_stages=2, **common,
     )  # fmt: skip
 
@@ -292,9 +308,17 @@ def _processors(device: str) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else 2
 
 
-@lru_cache(maxsize=64)
-def _tickets(count: int, device: str, stream: int) -> Tensor:
+def _tickets(count: int, device: torch.device) -> Tensor:
     """Counters that every launch leaves at zero; one set a stream, since launches of one stream never overlap."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():  # replays of several graphs may overlap: each has its own
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return _kept_tickets(count, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _kept_tickets(count: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
@@ -384,7 +408,9 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """delta = rowsum(dO * O) - dLSE, (B, Nq, H) float32."""
     from ..kernels.backward import delta_kernel
 
-    delta = torch.empty(out.shape[:3], device=out.device)
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    if grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()
     rows = delta.numel()
     delta_kernel[(-(-rows // _ROWS),)](
         out, grad_out, delta if grad_lse is None else grad_lse.contiguous(), delta, rows, *grad_out.stride()[:3],

@@ -23,7 +23,7 @@ def delta_kernel(
     valid = index < rows
     mask = valid[:, None] & (dims < DV)[None, :]
     head, row = index % num_heads, index // num_heads
-    place = (row // per_batch) * g_batch + (row % per_batch) * g_row + head * g_head
+    place = (row // per_batch) * g_batch + (row % per_batch) * g_row + head.to(tl.int64) * g_head
     o = tl.load(out + index[:, None] * DV + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_out + place[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     result = tl.sum(o * g, 1)
@@ -68,10 +68,15 @@ def query_kernel(
     BLOCK: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, PADDED: tl.constexpr, DV: tl.constexpr, PADDED_V: tl.constexpr,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of query rows, contiguous (B, Nq, H, D)."""
+    q_batch, q_row, q_head = q_batch * UNIT, q_row * UNIT, q_head * UNIT
+    k_batch, k_row, k_head = k_batch * UNIT, k_row * UNIT, k_head * UNIT
+    v_batch, v_row, v_head = v_batch * UNIT, v_row * UNIT, v_head * UNIT
+    g_batch, g_row, g_head = g_batch * UNIT, g_row * UNIT, g_head * UNIT
     head, residue, cell = locate(cells, num_cells, stride)
+    wide_head, wide_kv_head = head.to(tl.int64), (head // group).to(tl.int64)
     batch = tl.load(cell).to(tl.int64)
     row = tl.load(cell + 1) + residue
     first = tl.load(cell + 2) + residue
@@ -86,22 +91,21 @@ def query_kernel(
     last = first + stride * (count - 1)
     rows = (row + stride * steps).to(tl.int64)
     q = tl.load(
-        query + batch * q_batch + head * q_head + rows[:, None] * q_row + dims[None, :],
+        query + batch * q_batch + wide_head * q_head + rows[:, None] * q_row + dims[None, :],
         mask=in_tile[:, None] & (dims < D)[None, :], other=0.0,
-    )  # fmt: skip
-    g = tl.load(
-        grad_out + batch * g_batch + head * g_head + rows[:, None] * g_row + value_dims[None, :],
-        mask=in_tile[:, None] & (value_dims < DV)[None, :], other=0.0,
     )  # fmt: skip
     target = (batch * query_rows_total + rows) * num_heads + head
     final_lse = tl.load(lse + target, mask=in_tile, other=float("inf")) * 1.4426950408889634
     final_lse = tl.where(final_lse == -float("inf"), float("inf"), final_lse)  # a row without keys
-    kv_head = head // group
+    g = tl.load(
+        grad_out + batch * g_batch + wide_head * g_head + rows[:, None] * g_row + value_dims[None, :],
+        mask=(final_lse != float("inf"))[:, None] & (value_dims < DV)[None, :], other=0.0,
+    )  # fmt: skip
     dq = tl.zeros([BLOCK, PADDED], tl.float32)
     for branch in range(num_branches):
         length, rate = tl.load(branches + 2 * branch), tl.load(branches + 2 * branch + 1)
         offset = head_offset(head, rate, num_heads, interleaved)
-        row_delta = tl.load(delta + branch * delta_branch + target, mask=in_tile, other=0.0)
+        row_delta = tl.load(delta + branch * delta_branch + target, mask=final_lse != float("inf"), other=0.0)
         for segment in range(first // length, last // length + 1):
             active = rows_of(positions, in_tile, segment, length, rate, offset)
             if tl.max(active.to(tl.int32), 0) > 0:
@@ -117,8 +121,8 @@ def query_kernel(
                 run_row = (key_row0 + run).to(tl.int64)
                 step = rate.to(tl.int64) * columns
                 key_rows = (run_row + step)[:, None]
-                k_pointers = key + batch * k_batch + kv_head * k_head + key_rows * k_row + dims[None, :]
-                v_pointers = value + batch * v_batch + kv_head * v_head + key_rows * v_row + value_dims[None, :]
+                k_pointers = key + batch * k_batch + wide_kv_head * k_head + key_rows * k_row + dims[None, :]
+                v_pointers = value + batch * v_batch + wide_kv_head * v_head + key_rows * v_row + value_dims[None, :]
                 hidden_pointers = hidden + batch * hidden_batch + run_row + step
                 jump = rate.to(tl.int64) * KEYS
                 limits = tl.zeros_like(positions) + (keys - 1)
@@ -183,10 +187,15 @@ def key_kernel(
     BLOCK: tl.constexpr, QUERIES: tl.constexpr,
     D: tl.constexpr, PADDED: tl.constexpr, DV: tl.constexpr, PADDED_V: tl.constexpr,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dK (B, Nk, G, D) and dV (B, Nk, G, DV), contiguous, of one tile of key rows; all query heads of a group add."""
+    q_batch, q_row, q_head = q_batch * UNIT, q_row * UNIT, q_head * UNIT
+    k_batch, k_row, k_head = k_batch * UNIT, k_row * UNIT, k_head * UNIT
+    v_batch, v_row, v_head = v_batch * UNIT, v_row * UNIT, v_head * UNIT
+    g_batch, g_row, g_head = g_batch * UNIT, g_row * UNIT, g_head * UNIT
     kv_head, residue, cell = locate(cells, num_cells, stride)
+    wide_kv_head = kv_head.to(tl.int64)
     batch = tl.load(cell).to(tl.int64)
     row = tl.load(cell + 1) + residue
     first = tl.load(cell + 2) + residue
@@ -204,17 +213,18 @@ def key_kernel(
     if HIDDEN:
         shown = shown & (tl.load(hidden + batch * hidden_batch + rows, mask=in_tile, other=1) == 0)
     k = tl.load(
-        key + batch * k_batch + kv_head * k_head + rows[:, None] * k_row + dims[None, :],
+        key + batch * k_batch + wide_kv_head * k_head + rows[:, None] * k_row + dims[None, :],
         mask=shown[:, None] & (dims < D)[None, :], other=0.0,
     )  # fmt: skip
     v = tl.load(
-        value + batch * v_batch + kv_head * v_head + rows[:, None] * v_row + value_dims[None, :],
+        value + batch * v_batch + wide_kv_head * v_head + rows[:, None] * v_row + value_dims[None, :],
         mask=shown[:, None] & (value_dims < DV)[None, :], other=0.0,
     )  # fmt: skip
     dk = tl.zeros([BLOCK, PADDED], tl.float32)
     dv = tl.zeros([BLOCK, PADDED_V], tl.float32)
     for member in range(group):
         head = kv_head * group + member
+        wide_head = head.to(tl.int64)
         for branch in range(num_branches):
             length, rate = tl.load(branches + 2 * branch), tl.load(branches + 2 * branch + 1)
             offset = head_offset(head, rate, num_heads, interleaved)
@@ -236,9 +246,15 @@ def key_kernel(
                         firsts = tl.maximum(firsts, tl.maximum(positions - run + rate - 1, 0) // rate)
                     run_row = (query_row0 + run).to(tl.int64)
                     query_rows = run_row + rate.to(tl.int64) * columns
-                    q_pointers = query + batch * q_batch + head * q_head + query_rows[:, None] * q_row + dims[None, :]
+                    q_pointers = (
+                        query + batch * q_batch + wide_head * q_head + query_rows[:, None] * q_row + dims[None, :]
+                    )
                     g_pointers = (
-                        grad_out + batch * g_batch + head * g_head + query_rows[:, None] * g_row + value_dims[None, :]
+                        grad_out
+                        + batch * g_batch
+                        + wide_head * g_head
+                        + query_rows[:, None] * g_row
+                        + value_dims[None, :]
                     )
                     flat = (batch * query_rows_total + query_rows) * num_heads + head
                     lse_pointers = lse + flat

@@ -26,23 +26,28 @@ def decode_kernel(
     scale_log2, seed, drop_below, keep_scale,
     KEYS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, DV: tl.constexpr,
     PADDED_V: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """out (B, Nq, H, DV) and lse (B, Nq, H) of one row and head.
 
     ``parts`` (programs, PADDED_V + 2) float32 holds partial sums, largest scores and totals; ``tickets`` counts the
     programs of a row that are done, and is left at zero.
     """
+    q_batch, q_row, q_head = q_batch * UNIT, q_row * UNIT, q_head * UNIT
+    k_batch, k_row, k_head = k_batch * UNIT, k_row * UNIT, k_head * UNIT
+    v_batch, v_row, v_head = v_batch * UNIT, v_row * UNIT, v_head * UNIT
     split = tl.program_id(0) % SPLITS
     task = tl.program_id(0) // SPLITS
     head, cell = task % num_heads, cells + (task // num_heads) * 8
+    wide_head, wide_kv_head = head.to(tl.int64), (head // group).to(tl.int64)
     batch = tl.load(cell).to(tl.int64)
     row, position = tl.load(cell + 1), tl.load(cell + 2)
     key_row0, begin, end = tl.load(cell + 4), tl.load(cell + 5), tl.load(cell + 6)
     columns, dims, value_dims = tl.arange(0, KEYS), tl.arange(0, PADDED), tl.arange(0, PADDED_V)
-    q = tl.load(query + batch * q_batch + row.to(tl.int64) * q_row + head * q_head + dims, mask=dims < D, other=0.0)
+    q = tl.load(
+        query + batch * q_batch + row.to(tl.int64) * q_row + wide_head * q_head + dims, mask=dims < D, other=0.0
+    )
     q = q.to(tl.float32) * scale_log2
-    kv_head = head // group
     count = 0
     for branch in range(num_branches):
         length, rate = tl.load(branches + 2 * branch), tl.load(branches + 2 * branch + 1)
@@ -68,7 +73,9 @@ def decode_kernel(
             rows = (key_row0 + run + rate * indices).to(tl.int64)
             if HIDDEN:
                 seen = seen & (tl.load(hidden + batch * hidden_batch + rows, mask=seen, other=1) == 0)
-            k = load_rows(key + batch * k_batch + kv_head * k_head + rows[:, None] * k_row + dims[None, :], seen, D)
+            k = load_rows(
+                key + batch * k_batch + wide_kv_head * k_head + rows[:, None] * k_row + dims[None, :], seen, D
+            )
             s = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))
             new = tl.maximum(largest, tl.max(s, 0))
             shift = tl.where(new == -float("inf"), 0.0, new)
@@ -80,7 +87,7 @@ def decode_kernel(
                     batch.to(tl.int32) * num_heads + head, first_branch + branch,
                 )  # fmt: skip
                 p = tl.where(survives, p * keep_scale, 0.0)
-            v_pointers = value + batch * v_batch + kv_head * v_head + rows[:, None] * v_row + value_dims[None, :]
+            v_pointers = value + batch * v_batch + wide_kv_head * v_head + rows[:, None] * v_row + value_dims[None, :]
             v = load_rows(v_pointers, seen, DV)
             accumulator = accumulator * decay + tl.sum(v.to(tl.float32) * p[:, None], 0)
             largest = new
@@ -100,8 +107,8 @@ def decode_kernel(
         weights = tl.exp2(peaks - tl.where(peak == -float("inf"), 0.0, peak))
         sums = tl.load(all_parts[:, None] + value_dims[None, :], cache_modifier=".cg")
         whole = tl.sum(totals * weights, 0)
-        mixed = tl.sum(sums * weights[:, None], 0) * tl.where(whole > 0, 1.0 / whole, 0.0)
+        mixed = tl.sum(sums * weights[:, None], 0) * tl.where(whole == 0, 0.0, 1.0 / whole)
         target = (batch * query_rows_total + row) * num_heads + head
         tl.store(out + target * DV + value_dims, mixed.to(out.dtype.element_ty), mask=value_dims < DV)
-        natural = tl.where(whole > 0, (peak + tl.log2(whole)) * 0.6931471805599453, -float("inf"))
+        natural = tl.where(whole == 0, -float("inf"), (peak + tl.log2(whole)) * 0.6931471805599453)
         tl.store(lse + target, natural)

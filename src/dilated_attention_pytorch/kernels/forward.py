@@ -103,9 +103,14 @@ def forward_kernel(
     HIDDEN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """out (B, Nq, H, DV) and lse (B, Nq, H), both contiguous, of one tile of query rows."""
+    q_batch, q_row, q_head = q_batch * UNIT, q_row * UNIT, q_head * UNIT
+    k_batch, k_row, k_head = k_batch * UNIT, k_row * UNIT, k_head * UNIT
+    v_batch, v_row, v_head = v_batch * UNIT, v_row * UNIT, v_head * UNIT
     head, residue, cell = locate(cells, num_cells, stride)
+    wide_head, wide_kv_head = head.to(tl.int64), (head // group).to(tl.int64)
     batch = tl.load(cell).to(tl.int64)
     row = tl.load(cell + 1) + residue
     first = tl.load(cell + 2) + residue
@@ -120,11 +125,10 @@ def forward_kernel(
     last = first + stride * (count - 1)
     rows = (row + stride * steps).to(tl.int64)
     q = tl.load(
-        query + batch * q_batch + head * q_head + rows[:, None] * q_row + dims[None, :],
+        query + batch * q_batch + wide_head * q_head + rows[:, None] * q_row + dims[None, :],
         mask=in_tile[:, None] & (dims < D)[None, :],
         other=0.0,
     )
-    kv_head = head // group
     accumulator = tl.zeros([BLOCK, PADDED_V], tl.float32)
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -145,8 +149,8 @@ def forward_kernel(
                 run_row = (key_row0 + run).to(tl.int64)
                 step = rate.to(tl.int64) * columns
                 key_rows = (run_row + step)[:, None]
-                k_pointers = key + batch * k_batch + kv_head * k_head + key_rows * k_row + dims[None, :]
-                v_pointers = value + batch * v_batch + kv_head * v_head + key_rows * v_row + value_dims[None, :]
+                k_pointers = key + batch * k_batch + wide_kv_head * k_head + key_rows * k_row + dims[None, :]
+                v_pointers = value + batch * v_batch + wide_kv_head * v_head + key_rows * v_row + value_dims[None, :]
                 hidden_pointers = hidden + batch * hidden_batch + run_row + step
                 jump = rate.to(tl.int64) * KEYS
                 # Key j of the run lies at run + rate * j, so a row at position p sees those up to (p - run) / rate.
@@ -165,12 +169,12 @@ def forward_kernel(
                     k_pointers += jump * k_row
                     v_pointers += jump * v_row
                     hidden_pointers += jump
-    share = tl.where(total > 0, 1.0 / total, 0.0)
+    share = tl.where(total == 0, 0.0, 1.0 / total)
     target = (batch * query_rows_total + rows) * num_heads + head
     tl.store(
         out + target[:, None] * DV + value_dims[None, :],
         (accumulator * share[:, None]).to(out.dtype.element_ty),
         mask=in_tile[:, None] & (value_dims < DV)[None, :],
     )
-    natural = tl.where(total > 0, (largest + tl.log2(total)) * 0.6931471805599453, -float("inf"))
+    natural = tl.where(total == 0, -float("inf"), (largest + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse + target, natural, mask=in_tile)

@@ -29,15 +29,22 @@ def _row_kernel(
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Per query row: lse in base 2 (low word; +inf where no key is) and rowsum(dO * O) - dLSE (high word)."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1) % H
-    batch = (tl.program_id(1) // H).to(tl.int64)
+    blocks = tl.cdiv(query_rows, ROWS)
+    n = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(0) // blocks % H
+    batch = (tl.program_id(0) // blocks // H).to(tl.int64)
     d = tl.arange(0, DP)
     there = n < query_rows
     both = there[:, None] & (d < D)[None, :]
     place = n.to(tl.int64)
-    o = tl.load(out + batch * out_b + place[:, None] * out_n + head * out_h + d[None, :], mask=both, other=0.0)
-    g = tl.load(grad_out + batch * grad_b + place[:, None] * grad_n + head * grad_h + d[None, :], mask=both, other=0.0)
+    o = tl.load(
+        out + batch * out_b + place[:, None] * out_n + head.to(tl.int64) * out_h + d[None, :], mask=both, other=0.0
+    )
+    g = tl.load(
+        grad_out + batch * grad_b + place[:, None] * grad_n + head.to(tl.int64) * grad_h + d[None, :],
+        mask=both,
+        other=0.0,
+    )
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     place = (batch * query_rows + place) * H + head
     shift = tl.load(lse + place, mask=there, other=0.0)
@@ -246,7 +253,7 @@ def backward(
     rates = tuple(dilation_rates)
     total, group = batches * query_rows, heads // kv_heads
     sums = torch.empty(batches, heads, query_rows, dtype=torch.int64, device=query.device)
-    grid = (triton.cdiv(query_rows, 64), batches * heads)
+    grid = (triton.cdiv(query_rows, 64) * batches * heads,)
     _row_kernel[grid](
         out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), sums, query_rows,
         *out.stride()[:3], *grad_out.stride()[:3], heads, d, padded, 64, num_warps=4,

@@ -21,8 +21,12 @@ CELL_FIELDS = ("batch", "row", "position", "rows", "other_row0", "begin", "end",
 """Columns of the cell table, see `cells`."""
 
 
+_LARGEST_STRIDE = 1024
+"""A larger stride would separate rows of rates that nobody uses, and takes long to look for."""
+
+
 def _divisors(number: int, largest: int) -> list[int]:
-    return [d for d in range(1, min(number, largest) + 1) if number % d == 0]
+    return [d for d in range(1, min(number, largest, _LARGEST_STRIDE) + 1) if number % d == 0]
 
 
 @lru_cache(maxsize=256)
@@ -77,7 +81,9 @@ def cells(
             else (document.position, key_row0, query_row0, first_query)
         )
         segments = np.arange(begin // shortest, -(-end // shortest), dtype=np.int64) * shortest
-        starts = (segments[:, None] + np.arange(0, min(shortest, end), span)).ravel()
+        # Where all rows lie in one segment, however long, only their part of it is cut.
+        low, high = (begin % shortest // span * span, end - segments[0]) if len(segments) == 1 else (0, shortest)
+        starts = (segments[:, None] + np.arange(low, min(shortest, high), span)).ravel()
         stops = np.minimum(starts + span, np.minimum(starts // shortest * shortest + shortest, end))
         starts = np.maximum(starts, begin)
         starts, stops = starts[starts < stops], stops[starts < stops]
