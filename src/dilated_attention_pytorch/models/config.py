@@ -76,10 +76,10 @@ class LongNetLMConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "embed_dim", "num_layers", "num_heads", "ngram_buckets"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("num_kv_heads", "mlp_dim"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                check_count(name, getattr(self, name))
         if self.embed_dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"embed_dim is {self.embed_dim}, num_heads is {self.num_heads}; embed_dim must be an even "
@@ -105,9 +105,9 @@ class LongNetLMConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
-            if not 0.0 <= _number(name, value) < 1.0:
+            if not 0.0 <= check_number(name, value) < 1.0:
                 raise ValueError(f"{name} is {value!r}; give a probability of at least 0 and below 1")
-        if not 1.0 < _number("rope_base", self.rope_base) < math.inf:
+        if not 1.0 < check_number("rope_base", self.rope_base) < math.inf:
             raise ValueError(f"rope_base is {self.rope_base!r}; give a finite number above 1")
         if not isinstance(self.backend, str) or not self.backend:
             raise ValueError(f"backend is {self.backend!r}; give 'auto' or the name of a backend")
@@ -162,12 +162,14 @@ class LongNetLMConfig:
         return cls.from_dict({**PRESETS[name], **overrides})
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; give an integer of at least 1")
 
 
-def _number(name: str, value: object) -> float:
+def check_number(name: str, value: object) -> float:
+    """``value`` if it is a number, else a ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} is {value!r}; give a number")
     return value

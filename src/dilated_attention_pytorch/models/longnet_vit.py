@@ -1,0 +1,291 @@
+"""Vision transformer on LongNet's encoder: slides of tile features (GigaPath), large images (LongViT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..merge import accumulator_dtype
+from ..types import MixingGrad, Padding
+from .encoder import LongNetEncoder
+from .encoder_config import LongNetEncoderConfig
+from .front_ends import ImageEmbedding, TileEmbedding
+from .gigapath import gigapath_segment_lengths, read_gigapath
+from .longvit import longvit_segment_lengths, read_longvit
+from .slides import Slides
+from .weights import WeightsError, WeightsSource, describe, materialise
+
+
+class LongNetViT(nn.Module):
+    """LongNet's encoder behind a front end that embeds the tiles of a slide or the patches of an image.
+
+    State-dict keys are those of the originals, prov-gigapath's ``LongNetViT`` and torchscale's ``LongViT``.
+
+    * On a :class:`TileEmbedding` the model has a class token and a last norm, and ``model(x, coords)`` is a list of
+      slide embeddings: see :meth:`forward`.
+    * On an :class:`ImageEmbedding` it has learned positions and, with ``num_classes``, a classifier;
+      ``model(image)`` is the encoded patches, ``model.classify(image)`` the logits.
+
+    Args:
+        config: the encoder's sizes and options.
+        patch_embed: the front end, of the same width.
+        global_pool: a slide's embedding is the norm of the mean over its tiles, not its class token.
+        norm_eps: added to the variance in the norm of a slide's embedding.
+        num_classes: of the classifier on images; 0: none.
+
+    Raises:
+        ValueError: widths that differ, or an option of the other front end.
+
+    >>> config = LongNetEncoderConfig(
+    ...     embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(16, 64), dilation_rates=(1, 4)
+    ... )
+    >>> model = LongNetViT(config, TileEmbedding(8, 32))
+    >>> corners = 256 * torch.stack((torch.arange(50) // 10, torch.arange(50) % 10), dim=-1)
+    >>> [embedding.shape for embedding in model(torch.randn(1, 50, 8), corners[None])]
+    [torch.Size([1, 32])]
+    """
+
+    def __init__(
+        self,
+        config: LongNetEncoderConfig,
+        patch_embed: TileEmbedding | ImageEmbedding,
+        *,
+        global_pool: bool = False,
+        norm_eps: float = 1e-6,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        width = config.embed_dim
+        if patch_embed.embed_dim != width:
+            raise ValueError(f"patch_embed is {patch_embed.embed_dim} wide, the encoder {width}; give both one width")
+        tiles = isinstance(patch_embed, TileEmbedding)
+        if num_classes and tiles:
+            raise ValueError(f"num_classes is {num_classes}; a slide encoder has no classifier, put one behind it")
+        if global_pool and not tiles:
+            raise ValueError("global_pool is True; an image is encoded to all of its patches, so leave it False")
+        weight = patch_embed.proj.weight
+        device, dtype = weight.device, weight.dtype
+        self.global_pool = global_pool
+        self.patch_embed = patch_embed
+        self.cls_token: nn.Parameter | None = None
+        self.pos_embed: nn.Parameter | None = None
+        self.norm: nn.LayerNorm | None = None
+        self.fc_norm: nn.LayerNorm | None = None
+        self.head: nn.Linear | None = None
+        if isinstance(patch_embed, TileEmbedding):
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width, device=device, dtype=dtype))
+            self.norm = nn.LayerNorm(width, eps=norm_eps, device=device, dtype=dtype)
+        else:
+            self.pos_embed = nn.Parameter(torch.empty(1, patch_embed.num_patches, width, device=device, dtype=dtype))
+        self.encoder = LongNetEncoder(config, device=device, dtype=dtype)
+        if num_classes:
+            self.fc_norm = nn.LayerNorm(width, device=device, dtype=dtype)
+            self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: the encoder's as it does, class token, positions and classifier small."""
+        self.patch_embed.reset_parameters()
+        self.encoder.reset_parameters()
+        for norm in (self.norm, self.fc_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        for weight in (self.cls_token, self.pos_embed, None if self.head is None else self.head.weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=0.02)
+        if self.head is not None:
+            nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        coords: Tensor | None = None,
+        all_layer_embed: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> list[Tensor] | Tensor:
+        """Embeddings of slides from tile features, or encoded patches of images.
+
+        Args:
+            x: on tiles features ``(B, L, in_chans)``; on images ``(B, in_chans, height, width)`` and nothing else.
+            coords: ``(B, L, 2)`` corners of the tiles in pixels, at least 0 and below ``slide_ngrids * tile_size``;
+                float32, float64, int32 or int64.
+            all_layer_embed: embeddings from the encoder's input and from the output of every layer.
+            key_padding_mask: ``(B, L)`` bool, True = no tile, at the end of slides that are shorter than the others.
+            cu_seqlens: ``(slides + 1,)`` boundaries of slides packed in one row of batch 1.
+
+        Returns:
+            On tiles a list of ``(slides, embed_dim)``: one, or the input's and each layer's. As in the original, the
+            last of all layers is *not* the one alone, for only that has passed the encoder's own final norm. On images
+            ``(B, patches, embed_dim)``, row by row of patches.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, coordinates outside the grid (the message names the tile), or
+                document arguments that :func:`dilated_attention` refuses.
+        """
+        if isinstance(self.patch_embed, ImageEmbedding):
+            if coords is not None or all_layer_embed or key_padding_mask is not None or cu_seqlens is not None:
+                raise ValueError("this model takes images; give model(image) without coordinates and further options")
+            assert self.pos_embed is not None
+            return self.encoder(self.patch_embed(x, self.pos_embed))
+        if coords is None:
+            raise ValueError("coords is missing; give the corners of the tiles in pixels, (batch, tiles, 2)")
+        assert self.cls_token is not None
+        assert self.norm is not None
+        slides = Slides.of(x, key_padding_mask, cu_seqlens)
+        tokens = slides.insert(self.cls_token, self.patch_embed(x, coords, key_padding_mask))
+        documents = {"key_padding_mask": slides.key_padding_mask, "cu_seqlens": slides.cu_seqlens}
+        if all_layer_embed:
+            states = self.encoder.iter_states(tokens, **documents)
+        else:
+            states = iter([self.encoder(tokens, **documents)])
+        # Taken from each state as it comes: the states of all layers together would be many times as large.
+        pool = slides.mean_of_tiles if self.global_pool else slides.class_tokens
+        return [self.norm(pool(state)) for state in states]
+
+    def classify(self, image: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images: the classifier on the norm of the mean over their patches.
+
+        Raises:
+            ValueError: the model has no classifier, or the image is one that :meth:`forward` refuses.
+        """
+        if self.head is None or self.fc_norm is None:
+            raise ValueError("this model has no classifier; make one with num_classes, on an ImageEmbedding")
+        tokens = self(image)
+        return self.head(self.fc_norm(tokens.to(accumulator_dtype(tokens.dtype)).mean(1).to(tokens.dtype)))
+
+    @classmethod
+    def from_gigapath(
+        cls,
+        path_or_state_dict: WeightsSource,
+        *,
+        num_heads: int = 16,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] = (1, 2, 4, 8, 16),
+        slide_ngrids: int = 1000,
+        tile_size: int = 256,
+        max_wsi_size: int = 262144,
+        global_pool: bool = False,
+        dropout: float = 0.25,
+        drop_path_rate: float = 0.1,
+        norm_eps: float | None = None,
+        padding: Padding = "zeros",
+        mixing_grad: MixingGrad = "exact",
+        activation_checkpointing: bool = False,
+        backend: str = "auto",
+    ) -> LongNetViT:
+        """GigaPath's slide encoder, from its own checkpoint; on the CPU, in float32, in eval mode.
+
+        Args:
+            path_or_state_dict: a file of torch.save or safetensors, or a state dict, with or without the wrapper
+                ``model``. Width, depth and features of a tile are read off the weights.
+            num_heads: attention heads; they leave no trace in the weights, nor do the further options.
+            segment_lengths: by default :func:`gigapath_segment_lengths` of ``max_wsi_size`` and ``tile_size``.
+            dilation_rates: one for each segment length.
+            slide_ngrids, tile_size: the grid of tiles, see :class:`TileEmbedding`.
+            max_wsi_size: pixels along a side of the largest slide, for the segment lengths.
+            global_pool: see the class.
+            dropout, drop_path_rate: in training, see :class:`LongNetEncoderConfig`.
+            norm_eps: of the last norm; by default 1e-6 in the three published sizes (12 layers 768 or 1536 wide, 24
+                layers 1024 wide) and otherwise 1e-5, as in the original.
+            padding: "zeros" is what the weights were trained with.
+            mixing_grad, activation_checkpointing, backend: see :class:`LongNetEncoderConfig`.
+
+        Raises:
+            WeightsError: a ValueError; unreadable or foreign weights, or names or shapes that do not fit.
+            ValueError: options that are not allowed.
+        """
+        weights, sizes = read_gigapath(path_or_state_dict, slide_ngrids=slide_ngrids)
+        if segment_lengths is None:
+            segment_lengths = gigapath_segment_lengths(max_wsi_size, tile_size)
+        config = LongNetEncoderConfig(
+            **sizes.encoder,
+            num_heads=num_heads,
+            segment_lengths=tuple(segment_lengths),
+            dilation_rates=tuple(dilation_rates),
+            padding=padding,
+            mixing_grad=mixing_grad,
+            dropout=dropout,
+            drop_path_rate=drop_path_rate,
+            activation_checkpointing=activation_checkpointing,
+            backend=backend,
+        )
+        embed = TileEmbedding(
+            sizes.in_chans,
+            config.embed_dim,
+            slide_ngrids=slide_ngrids,
+            tile_size=tile_size,
+            device="meta",
+            dtype=torch.float32,
+        )
+        norm_eps = sizes.norm_eps if norm_eps is None else norm_eps
+        model = cls(config, embed, global_pool=global_pool, norm_eps=norm_eps)
+        materialise(model, weights, path_or_state_dict)
+        return model.eval()
+
+    @classmethod
+    def from_longvit(
+        cls,
+        path_or_state_dict: WeightsSource,
+        *,
+        img_size: int,
+        patch_size: int,
+        num_heads: int = 16,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] = (1, 2, 4, 8, 16),
+        drop_path_rate: float = 0.0,
+        padding: Padding = "zeros",
+        mixing_grad: MixingGrad = "exact",
+        activation_checkpointing: bool = False,
+        backend: str = "auto",
+    ) -> LongNetViT:
+        """LongViT of torchscale's examples, from its own checkpoint; on the CPU, in float32, in eval mode.
+
+        Args:
+            path_or_state_dict: a file of torch.save or safetensors, or a state dict: of the bare model, of a classifier
+                (names begin with ``model.``), or of its pretraining (``backbone.``).
+            img_size: pixels along a side of the images the positions are for; those of a checkpoint for another size
+                are resized.
+            patch_size: pixels along a side of a patch.
+            num_heads: attention heads.
+            segment_lengths: by default :func:`longvit_segment_lengths` of ``img_size``.
+            dilation_rates: one for each segment length.
+            drop_path_rate, padding, mixing_grad, activation_checkpointing, backend: as for :meth:`from_gigapath`.
+
+        Raises:
+            WeightsError: a ValueError; unreadable or foreign weights, or names or shapes that do not fit.
+            ValueError: options that are not allowed.
+        """
+        # Before the weights are read: their positions may have to be resized to it.
+        ImageEmbedding(img_size, patch_size, embed_dim=1, device="meta")
+        weights, sizes = read_longvit(path_or_state_dict, img_size=img_size, patch_size=patch_size)
+        if sizes.patch_size != patch_size:
+            raise WeightsError(
+                f"{describe(path_or_state_dict)} has patches of {sizes.patch_size} pixels; patch_size is {patch_size}"
+            )
+        config = LongNetEncoderConfig(
+            **sizes.encoder,
+            num_heads=num_heads,
+            segment_lengths=tuple(longvit_segment_lengths(img_size) if segment_lengths is None else segment_lengths),
+            dilation_rates=tuple(dilation_rates),
+            final_norm=False,
+            padding=padding,
+            mixing_grad=mixing_grad,
+            drop_path_rate=drop_path_rate,
+            activation_checkpointing=activation_checkpointing,
+            backend=backend,
+        )
+        embed = ImageEmbedding(
+            img_size,
+            patch_size,
+            in_chans=sizes.in_chans,
+            embed_dim=config.embed_dim,
+            device="meta",
+            dtype=torch.float32,
+        )
+        model = cls(config, embed, num_classes=sizes.num_classes)
+        materialise(model, weights, path_or_state_dict)
+        return model.eval()
