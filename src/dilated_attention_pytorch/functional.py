@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends.dispatch import check_backend
 from .backends.ops import attention_forward
+from .merge import accumulator_dtype
 from .patterns import DilatedPattern
 from .types import AttentionOutput, HeadOffsets, MixingGrad, Options, Padding
 
@@ -156,6 +157,40 @@ def dilated_attention_with_lse(
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     out, lse = attention_forward(**arguments, seed=seed, backend=backend)
     return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
+
+
+def received_attention(
+    query: Tensor, key: Tensor, segment_lengths: Sequence[int], dilation_rates: Sequence[int], **options: Any
+) -> Tensor:
+    """How much attention each key receives: the weights that all query rows give it, summed.
+
+    A key's weights are what the gradient of its value is made of, so this is the gradient of the sum of an output of
+    one column, computed like any gradient: no weight matrix exists, and memory grows with N.
+
+    Args:
+        query, key, segment_lengths, dilation_rates: as for `dilated_attention`.
+        **options: its other options; with ``dropout_p`` the weights that survive, with zero keys
+            (``padding="zeros"``) those that real keys receive.
+
+    Returns:
+        (B, H_kv, N) float32 (float64 for float64 inputs); query heads that share a key head add. Each row of a head
+        with a key gives 1 in all, unless dropout or zero keys take some.
+
+    >>> import torch
+    >>> x = torch.zeros(1, 8, 1, 16)
+    >>> received_attention(x, x, [4], [1])
+    tensor([[[1., 1., 1., 1., 1., 1., 1., 1.]]])
+    """
+    if not isinstance(key, Tensor) or key.dim() != 4:
+        raise ValueError(f"key is {getattr(key, 'shape', type(key).__name__)}; give a tensor (B, N, H_kv, D)")
+    acc = accumulator_dtype(key.dtype)
+    # Sums over many rows need the accumulators' dtype, which the value gives its gradient.
+    with torch.enable_grad(), torch.autocast(key.device.type, enabled=False):
+        value = key.new_zeros(*key.shape[:3], 1, dtype=acc).requires_grad_()
+        q, k = query.detach().to(acc), key.detach().to(acc)
+        out = dilated_attention(q, k, value, segment_lengths, dilation_rates, **options)
+        (received,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    return received[..., 0].transpose(1, 2)
 
 
 def _attend_in_parallel(parallel: ContextParallel, arguments: dict[str, Any], backend: str) -> AttentionOutput:

@@ -44,8 +44,8 @@ def train(mesh: DeviceMesh, layout: str, tied: bool) -> dict[str, object]:
     """Logits of this rank's rows and the gradients of the loss over all rows, of a model with the same weights."""
     torch.manual_seed(0)
     config = LongNetLMConfig(
-        vocab_size=50, context_length=64, embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(8, 40), dilation_rates=(1, 4),
-        tie_embeddings=tied, activation_checkpointing=tied,
+        vocab_size=50, context_length=64, embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(8, 40),
+        dilation_rates=(1, 4), tie_embeddings=tied, activation_checkpointing=tied,
     )  # fmt: skip
     model, tokens = LongNetLM(config).double(), torch.randint(50, (2, 62))
     parallel = ContextParallel(mesh, layout=layout)
