@@ -55,6 +55,15 @@ def class_stride(pattern: DilatedPattern, block_rows: int, longest: int) -> int:
     return min(_divisors(math.lcm(*pattern.dilation_rates), shortest), key=lambda stride: (cost(stride), stride))
 
 
+def _counted(
+    items: NDArray[np.int64], first: NDArray[np.int64], count: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each item ``count`` times, and beside it ``first``, ``first + 1``, ... of its own."""
+    repeated = np.repeat(np.arange(len(items)), count)
+    running = np.arange(len(repeated)) - np.repeat(np.cumsum(count) - count, count)
+    return items[repeated], first[repeated] + running
+
+
 @lru_cache(maxsize=64)
 def cells(
     pattern: DilatedPattern, shape: Shape, documents: tuple[Document, ...], span: int, side: Literal["query", "key"]
@@ -67,37 +76,32 @@ def cells(
     """
     shortest = min(pattern.segment_lengths)
     shift = shape.query_rows - shape.key_rows  # key row -> query row
-    tables: list[NDArray[np.int64]] = []
-    for document in documents:
-        key_row0 = document.row - document.position
-        query_row0 = key_row0 + shift
-        end = document.position + document.rows
-        first_query = max(document.position, -query_row0)
-        if first_query >= end:
-            continue
-        begin, own_row0, other_row0, other_begin = (
-            (first_query, query_row0, key_row0, document.position)
-            if side == "query"
-            else (document.position, key_row0, query_row0, first_query)
-        )
-        segments = np.arange(begin // shortest, -(-end // shortest), dtype=np.int64) * shortest
-        # Where all rows lie in one segment, however long, only their part of it is cut.
-        low, high = (begin % shortest // span * span, end - segments[0]) if len(segments) == 1 else (0, shortest)
-        starts = (segments[:, None] + np.arange(low, min(shortest, high), span)).ravel()
-        stops = np.minimum(starts + span, np.minimum(starts // shortest * shortest + shortest, end))
-        starts = np.maximum(starts, begin)
-        starts, stops = starts[starts < stops], stops[starts < stops]
-        one = np.empty((len(starts), len(CELL_FIELDS)), dtype=np.int64)
-        one[:] = (0, own_row0, 0, 0, other_row0, other_begin, end, document.length)
-        one[:, 1] += starts
-        one[:, 2] = starts
-        one[:, 3] = stops - starts
-        whole = np.tile(one, (document.batches, 1))
-        whole[:, 0] = np.repeat(np.arange(document.batch, document.batch + document.batches), len(one))
-        tables.append(whole)
-    if not tables:
-        return np.empty((0, len(CELL_FIELDS)), dtype=np.int32)
-    table = np.concatenate(tables)
+    fields = [(d.batch, d.batches, d.row - d.position, d.position, d.position + d.rows, d.length) for d in documents]
+    batch, batches, key_row0, position, end, length = np.array(fields, dtype=np.int64).reshape(-1, 6).T
+    query_row0 = key_row0 + shift
+    first_query = np.maximum(position, -query_row0)
+    begin, own_row0, other_row0, other_begin = (
+        (first_query, query_row0, key_row0, position)
+        if side == "query"
+        else (position, key_row0, query_row0, first_query)
+    )
+    # Documents that no query looks at have no cells; the others have segments, and segments spans.
+    which = np.flatnonzero(first_query < end)
+    low = begin[which] // shortest
+    which, segment = _counted(which, low, -(-end[which] // shortest) - low)
+    start = np.maximum(segment * shortest, begin[which])
+    stop = np.minimum(segment * shortest + shortest, end[which])
+    low = (start - segment * shortest) // span
+    index, step = _counted(np.arange(len(which)), low, -(-(stop - segment * shortest) // span) - low)
+    which, edge = which[index], segment[index] * shortest + step * span
+    start, stop = np.maximum(edge, start[index]), np.minimum(edge + span, stop[index])
+    columns = (own_row0[which] + start, start, stop - start, other_row0[which], other_begin[which], end[which])
+    one = np.stack([batch[which], *columns, length[which]], axis=1)
+    # A document in several batch rows has its cells in each of them.
+    index, copy = _counted(np.arange(len(which)), np.zeros_like(which), batches[which])
+    table = one[index]
+    table[:, 0] += copy
+    table = table[np.lexsort((table[:, 1], table[:, 0]))]  # ascending by (batch, row)
     if len(table) and int(np.abs(table).max()) >= 2**31:
         raise ValueError(f"positions reach {int(np.abs(table).max())}; fused kernels count rows in 32 bits")
     return table.astype(np.int32)
