@@ -160,3 +160,13 @@ def test_a_language_model_computes_the_same_over_ranks(pool, layout, tied):
             assert status == "done", f"rank {rank}: {answer}"
             assert answer["logits"] < 1e-12
             assert answer["gradients"] < 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+def test_receive_buffers_recur_from_the_second_step_on(pool, strategy):
+    case = Case(seed=1, key_rows=60, segment_lengths=(16, 60), dilation_rates=(1, 2), kv_heads=4)
+    for status, answer in pool.run("repeat", 4, case, strategy):
+        assert status == "done", answer
+        assert answer["misses"][0] > 0
+        assert len(set(answer["misses"][1:])) == 1
+        assert answer["leased"] == 0

@@ -62,7 +62,20 @@ def train(mesh: DeviceMesh, layout: str, tied: bool) -> dict[str, object]:
     return {"logits": float((logits - alone).detach().abs().max()), "gradients": max(errors)}
 
 
-TASKS = {"attend": attend, "train": train}
+def repeat(mesh: DeviceMesh, case: Case, strategy: str) -> dict[str, object]:
+    """How many buffers each of five steps allocated, and what is still on loan."""
+    parallel = ContextParallel(mesh, strategy=strategy)
+    misses = []
+    for _ in range(5):
+        query, key, value, grad_out, _ = case.tensors()
+        leaves = [parallel.shard(t, 1).requires_grad_() for t in (query, key, value)]
+        out, _ = dilated_attention_with_lse(*leaves, **case.options(), parallel=parallel)
+        torch.autograd.grad(out, leaves, parallel.shard(grad_out, 1))
+        misses.append(parallel.pool.stats().misses)
+    return {"misses": misses, "leased": parallel.pool.stats().leased, "held": parallel.pool.stats().held}
+
+
+TASKS = {"repeat": repeat, "attend": attend, "train": train}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import Problem, choose
+from ..memory import MemoryPool
 from ..merge import accumulator_dtype, merge_
 from .comm import Pending, Traffic, exchange
 from .dense import dense_backward, dense_forward
@@ -40,6 +41,7 @@ class Job:
     rounds: tuple[Round, ...]
     group: dist.ProcessGroup
     traffic: Traffic
+    pool: MemoryPool
 
 
 def _rows(tensor: Tensor, rectangle: Rectangle) -> Tensor:
@@ -92,16 +94,19 @@ class _Exchanges:
         moved, wide = self.job.rounds[number], (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
         outgoing = {peer: _pack(pairing, self.key, self.value) for peer, pairing in moved.outgoing.items()}
         incoming = {peer: pairing.rows * self.key.shape[0] * wide for peer, pairing in moved.incoming.items()}
-        return exchange(self.job.group, outgoing, incoming, self.key, self.job.traffic)
+        job = self.job
+        return exchange(job.group, outgoing, incoming, self.key.device, job.traffic, job.pool)
 
     def __iter__(self) -> Iterator[list[tuple[int, Pairing, Tensor]]]:
         if self.job.own.blocks:
             yield [(-1, self.job.own, _pack(self.job.own, self.key, self.value))]
         for number, moved in enumerate(self.job.rounds):
-            assert self.pending is not None
-            received = self.pending.wait()
+            arrived = self.pending
+            assert arrived is not None
+            received = arrived.wait()
             self.pending = self._start(number + 1)
             yield [(peer, pairing, received[peer].view(self.key.dtype)) for peer, pairing in moved.incoming.items()]
+            arrived.release()
 
 
 class ShardedAttention(torch.autograd.Function):
@@ -160,10 +165,11 @@ class ShardedAttention(torch.autograd.Function):
             moved = next(rounds)
             wide = (key.shape[3] + value.shape[3]) * dk.element_size() * key.shape[0]
             expected = {peer: pairing.rows * wide for peer, pairing in moved.outgoing.items()}
-            homeward.append((exchange(job.group, back, expected, key, job.traffic), moved))
+            homeward.append((exchange(job.group, back, expected, key.device, job.traffic, job.pool), moved))
         for pending, moved in homeward:
             for peer, buffer in pending.wait().items():
                 _add_home(moved.outgoing[peer], buffer.view(acc), dk, dv)
+            pending.release()
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None
 
 

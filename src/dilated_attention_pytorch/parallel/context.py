@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..backends import Problem
 from ..backends.documents import read_documents
 from ..backends.views import foldable
+from ..memory import MemoryPool, SimplePool
 from ..patterns import DilatedPattern
 from ..types import AttentionOutput, Document, Options, Shape
 from .attention import Job, Round, ShardedAttention
@@ -33,6 +34,8 @@ class ContextParallel:
             in world - 1 rounds, each under way while the one before is computed, so that a rank holds the rows of
             two peers at most; "auto" is "ring".
         layout: "contiguous", or "zigzag", which gives every rank as much causal work.
+        length: rows of the whole sequence; `shard` sets it.
+        pool: where receive buffers come from; they recur from step to step, so a step allocates none after the first.
 
     The rows of a sequence need not divide by the number of ranks. `shard` cuts a tensor and remembers its length;
     set `length` instead where every rank loads its own rows.
@@ -45,6 +48,7 @@ class ContextParallel:
     strategy: Strategy = "auto"
     layout: Layout = "contiguous"
     length: int | None = None
+    pool: MemoryPool = field(default_factory=SimplePool)
     traffic: Traffic = field(default_factory=Traffic)
     _agreed: set[Any] = field(default_factory=set, repr=False)
 
@@ -176,4 +180,4 @@ class ContextParallel:
             targets = {(self.rank + d) % self.world: between((self.rank + d) % self.world, self.rank) for d in group}
             sources = {(self.rank - d) % self.world: between(self.rank, (self.rank - d) % self.world) for d in group}
             rounds.append(Round(*({r: p for r, p in found.items() if p.blocks} for found in (targets, sources))))
-        return Job(problem, backend, between(self.rank, self.rank), tuple(rounds), self.group, self.traffic)
+        return Job(problem, backend, between(self.rank, self.rank), tuple(rounds), self.group, self.traffic, self.pool)
