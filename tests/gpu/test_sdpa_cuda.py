@@ -133,22 +133,14 @@ def test_huge_logits_stay_finite(only, name, dtype, is_causal):
 
 @pytest.mark.parametrize(("name", "dtype"), TAKES)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_exp_lse_is_the_number_of_keys(only, name, dtype, is_causal):
+def test_exp_lse_is_the_number_of_keys(only, key_counts, name, dtype, is_causal):
     only(name)
     rows, heads, patterns = 20_011, 4, ((64, 1), (1000, 3), (30_000, 8))
     key = draw(1, rows, heads, 16, dtype=getattr(torch, dtype))
     _, lse = dilated_attention_with_lse(
         torch.zeros_like(key), key, key, *zip(*patterns, strict=True), is_causal=is_causal, backend="sdpa"
     )
-    position = torch.arange(rows)
-    expected = torch.zeros(heads, rows, dtype=torch.int64)
-    for w, r in patterns:
-        for h in range(heads):
-            active = (position % w % r == h // -(-heads // r)).long()
-            segment = position // w
-            ends = torch.zeros(int(segment.max()) + 1, dtype=torch.int64).index_add_(0, segment, active)
-            so_far = active.cumsum(0) - (ends.cumsum(0) - ends)[segment]
-            expected[h] += active * (so_far if is_causal else ends[segment])
+    expected = key_counts(rows, heads, patterns, is_causal=is_causal)
     assert torch.equal(lse[0].double().exp().round().long().cpu(), expected)
 
 
