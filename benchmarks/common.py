@@ -82,9 +82,10 @@ def peak_cpu_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
-def save(path: Path, results: object) -> None:
-    """Write the results with where they come from, and print them."""
+def save(path: Path, results: object, *, quiet: bool = False) -> None:
+    """Write the results with where they come from, and print them unless ``quiet``."""
     text = json.dumps({"run": provenance(), "results": results}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
-    print(text)
+    if not quiet:
+        print(text)

@@ -1,14 +1,17 @@
-"""A GPU: forward and backward on LongNet's and GigaPath's patterns against the best dense rate of the same run.
+"""A GPU: forward and backward on LongNet's and GigaPath's patterns, each backend, against the best dense rate.
 
-    python benchmarks/gpu.py [--repeat-ms 200] [--output benchmarks/results/gpu.json]
+    python benchmarks/gpu.py [--rows longnet,gigapath] [--backends gluon,sdpa] [--repeat-ms 200] [--output FILE]
 
 A rate is useful TFLOP/s: 4 D operations per attended pair forward, 10 D backward. The dense rate is the best that
-PyTorch's cuDNN and flash kernels reach over N in 8K, 16K, 32K at batch 1 with the same heads, D and causal flag.
+PyTorch's cuDNN and flash kernels reach over N in 8K, 16K, 32K at batch 1 with the same heads, D and causal flag, in the
+same run. "ragged" rows have one row more or less, or segments that their rate does not divide; "short" rows are timed
+against one dense call of the same N; "long" rows say how time grows with N.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,13 +26,30 @@ from dilated_attention_pytorch.backends.vendor import find_kernel
 
 H = 16
 LONGNET = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
-GIGAPATH = ((1024, 4096, 32768, 131072, 1048576), (1, 2, 4, 8, 16))
+UNDIVIDED = ((2050, 4100, 8200, 16400, 32800), (1, 2, 4, 8, 16))
+GIGAPATH = ((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16))
+MAIN = (
+    ("longnet", 131072, 128, LONGNET, False),
+    ("longnet", 131072, 128, LONGNET, True),
+    ("longnet", 32768, 64, LONGNET, False),
+    ("longnet", 131072, 64, LONGNET, False),
+    ("longnet", 32768, 64, LONGNET, True),
+    ("gigapath", 65536, 48, GIGAPATH, False),
+)
 ROWS: list[dict[str, Any]] = [
-    {"name": "longnet", "n": 131072, "d": 128, "pattern": LONGNET, "causal": False},
-    {"name": "longnet causal", "n": 131072, "d": 128, "pattern": LONGNET, "causal": True},
-    {"name": "longnet", "n": 32768, "d": 64, "pattern": LONGNET, "causal": False},
-    {"name": "longnet causal", "n": 32768, "d": 64, "pattern": LONGNET, "causal": True},
-    {"name": "gigapath", "n": 65536, "d": 48, "pattern": GIGAPATH, "causal": False},
+    *({"name": name, "n": n, "d": d, "pattern": pattern, "causal": causal} for name, n, d, pattern, causal in MAIN),
+    *(
+        {"name": "ragged", "n": n + extra, "d": d, "pattern": pattern, "causal": causal}
+        for _, n, d, pattern, causal in MAIN
+        for extra in (-1, 1)
+    ),
+    *(
+        {"name": "ragged", "n": n, "d": d, "pattern": UNDIVIDED, "causal": causal}
+        for name, n, d, _, causal in MAIN
+        if name == "longnet"
+    ),
+    *({"name": "short", "n": n, "d": 64, "pattern": LONGNET, "causal": False} for n in (2048, 4096, 8192)),
+    *({"name": "long", "n": 32768 << i, "d": 64, "pattern": LONGNET, "causal": False} for i in range(8)),
 ]
 
 
@@ -56,24 +76,28 @@ def dense_rates(d: int, causal: bool, repeat_ms: int) -> dict[str, float]:
     return rates
 
 
-def measure(row: dict[str, Any], repeat_ms: int) -> dict[str, Any]:
-    """One row: times, rates, ratios to dense, peak memory."""
+def measure(row: dict[str, Any], backend: str, repeat_ms: int) -> dict[str, Any]:
+    """One row through one backend: times, rates, ratios to dense, peak memory."""
     segments, rates = row["pattern"]
     n, d, causal = row["n"], row["d"], row["causal"]
     q, k, v = (torch.randn(1, n, H, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     grad = torch.randn_like(q)
-    plan = explain(q, k, v, segments, rates, is_causal=causal)
-    dense = dense_rates(d, causal, repeat_ms)
-    result: dict[str, Any] = {
-        **row, "h": H, "dtype": "bfloat16", "backend": f"{plan.backend} ({plan.kernel})", "calls": len(plan.calls),
-        "dense": dense,
-    }  # fmt: skip
+    result: dict[str, Any] = {**row, "h": H, "dtype": "bfloat16", "backend": backend}
+    try:
+        plan = explain(q, k, v, segments, rates, is_causal=causal, backend=backend)
+    except ValueError as error:
+        return result | {"refused": str(error)}
+    if row["name"] == "long":  # a pass over the longest takes long enough; nothing dense to compare with
+        dense: dict[str, float] = {}
+    else:
+        dense = dense_rates(d, causal, repeat_ms)
+    result |= {"chosen": [plan.backend, plan.backend_backward], "dense": dense}
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
-            return dilated_attention(q, k, v, segments, rates, is_causal=causal)
+            return dilated_attention(q, k, v, segments, rates, is_causal=causal, backend=backend)
 
-    recorded = dilated_attention(q, k, v, segments, rates, is_causal=causal)
+    recorded = dilated_attention(q, k, v, segments, rates, is_causal=causal, backend=backend)
 
     def backward() -> object:
         return torch.autograd.grad(recorded, (q, k, v), grad, retain_graph=True)
@@ -83,7 +107,7 @@ def measure(row: dict[str, Any], repeat_ms: int) -> dict[str, Any]:
         ("backward", backward, plan.flops_backward),
     ):
         ms = milliseconds(function, repeat_ms)
-        best = max(rate for key, rate in dense.items() if key.startswith(name))
+        best = max((rate for key, rate in dense.items() if key.startswith(name)), default=math.nan)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -96,24 +120,36 @@ def measure(row: dict[str, Any], repeat_ms: int) -> dict[str, Any]:
             "peak_mib": peak / 2**20,
             "predicted_peak_mib": (plan.peak_bytes_forward if name == "forward" else plan.peak_bytes_backward) / 2**20,
         }  # fmt: skip
+    if row["name"] == "short":
+        views = [t.detach().transpose(1, 2) for t in (q, k, v)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        result["dense_ms_of_this_n"] = milliseconds(lambda: attend(*views, is_causal=causal), repeat_ms)
     return result
 
 
 def main() -> None:
-    """Measure every row and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure every row with every backend and write after each, so that a stop loses nothing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(dict.fromkeys(row["name"] for row in ROWS))
+    parser.add_argument("--rows", default=",".join(names), help=f"some of {', '.join(names)}")
+    parser.add_argument("--backends", default="auto,gluon,triton,sdpa")
     parser.add_argument("--repeat-ms", type=int, default=200)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results = []
     for row in ROWS:
-        results.append(measure(row, arguments.repeat_ms))
-        for name in ("forward", "backward"):
-            r = results[-1][name]
-            print(f"{row['name']:<16} N={row['n']} D={row['d']} {name:<9}{r['ms']:8.3f} ms {r['tflops']:6.0f} TFLOP/s "
-                  f"{r['of_dense']:.3f} of dense, peak {r['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
-        torch.cuda.empty_cache()
+        if row["name"] not in arguments.rows.split(","):
+            continue
+        for backend in arguments.backends.split(","):
+            results.append(measure(row, backend, arguments.repeat_ms))
+            label = f"{row['name']}{' causal' if row['causal'] else ''} N={row['n']} D={row['d']} {backend}"
+            for name in ("forward", "backward"):
+                if r := results[-1].get(name):
+                    print(f"{label:<44} {name:<9}{r['ms']:8.3f} ms {r['tflops']:6.0f} TFLOP/s {r['of_dense']:.3f} of dense, "
+                          f"peak {r['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
+            torch.cuda.empty_cache()
+        save(arguments.output, results, quiet=True)
     save(arguments.output, results)
 
 
