@@ -146,8 +146,8 @@ def main() -> None:
             label = f"{row['name']}{' causal' if row['causal'] else ''} N={row['n']} D={row['d']} {backend}"
             for name in ("forward", "backward"):
                 if r := results[-1].get(name):
-                    print(f"{label:<44} {name:<9}{r['ms']:8.3f} ms {r['tflops']:6.0f} TFLOP/s {r['of_dense']:.3f} of dense, "
-                          f"peak {r['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
+                    rate = f"{r['tflops']:6.0f} TFLOP/s {r['of_dense']:.3f} of dense"
+                    print(f"{label:<44} {name:<9}{r['ms']:8.3f} ms {rate}, peak {r['peak_mib']:.0f} MiB", flush=True)
             torch.cuda.empty_cache()
         save(arguments.output, results, quiet=True)
     save(arguments.output, results)
