@@ -1,0 +1,145 @@
+"""``dilated-attention draw``: an order of a grid as a curve, and its segments as regions."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import one_line_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_CELLS = 1 << 18
+"""A picture of more would show nothing but its outline, and take minutes."""
+
+
+class Order(StrEnum):
+    """Orders of a grid."""
+
+    hilbert = "hilbert"
+    morton = "morton"
+    snake = "snake"
+    raster = "raster"
+
+
+def draw(
+    order: Annotated[Order, typer.Option(help="Order of the cells.")] = Order.hilbert,
+    shape: Annotated[str, typer.Option(help="Height and width of the grid, e.g. 32x32.")] = "32x32",
+    segment_length: Annotated[
+        int | None, typer.Option(help="Cells of a segment; by default a sixteenth of the grid.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("order.png"),
+) -> None:
+    """Draw the order of a grid: the curve through its cells, and the segments of attention as coloured regions.
+
+    Needs matplotlib.
+    """
+    with one_line_errors():
+        height, width = _shape(shape)
+        length = max(height * width // 16, 1) if segment_length is None else segment_length
+        if length < 1:
+            raise ValueError(f"--segment-length is {length}; give at least 1")
+        if output.suffix not in ("", ".png"):
+            raise ValueError(f"--output is {str(output)!r}; the picture is a PNG, give a name that ends in .png")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("matplotlib is not installed; run: pip install matplotlib")
+        from ..ordering import GRID_ORDERS
+        from ..training.files import replace_file
+
+        found = GRID_ORDERS[order.value](height, width)
+        replace_file(output, [picture(found, height, width, length, title=order.value.capitalize())])
+    typer.echo(f"wrote {output}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"--shape is {text!r}; give the height and width of a grid, e.g. 32x32")
+    height, width = map(int, parts)
+    if not 1 <= height * width <= MOST_CELLS:
+        raise ValueError(f"--shape is {text!r}; a picture has 1 to {MOST_CELLS:,} cells, e.g. 512x512")
+    return height, width
+
+
+def perimeters(order: Tensor, height: int, width: int, length: int) -> list[int]:
+    """Sides of cells at which a segment ends, for every segment.
+
+    >>> from dilated_attention_pytorch.ordering import raster_order
+    >>> perimeters(raster_order(4, 4), 4, 4, 4)  # four rows
+    [10, 10, 10, 10]
+    """
+    import torch
+
+    grid = torch.nn.functional.pad(_segments(order, height, width, length), (1, 1, 1, 1), value=-1)
+    count = torch.zeros(-(-len(order) // length) + 1, dtype=torch.int64)
+    for one, other in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])):
+        for segment in (one[one != other], other[one != other]):
+            count += torch.bincount(segment + 1, minlength=len(count))
+    return count[1:].tolist()
+
+
+def _segments(order: Tensor, height: int, width: int, length: int) -> Tensor:
+    """(height, width) int64: the segment of every cell."""
+    import torch
+
+    segment = torch.empty_like(order)
+    segment[order] = torch.arange(len(order)) // length
+    return segment.view(height, width)
+
+
+def picture(order: Tensor, height: int, width: int, length: int, *, title: str) -> bytes:
+    """A PNG with two panels: the curve, from dark to bright, and the segments."""
+    from matplotlib.figure import Figure
+
+    tall = height / width
+    size = (11.0, min(max(5.5 * tall, 2.0), 11.0) + 0.9)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_curve(left, order, width, size=5.0 / max(height, width, 1))
+    _draw_segments(right, _segments(order, height, width, length))
+    around = perimeters(order, height, width, length)
+    mean = sum(around) / len(around)
+    left.set_title("the order, from dark to bright", fontsize=10)
+    right.set_title(
+        f"segments of {length:,}: mean perimeter {mean:.1f}, of a square {4 * math.sqrt(length):.1f}", fontsize=10
+    )
+    for axes in (left, right):
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal", xticks=[], yticks=[])
+    figure.suptitle(f"{title} order of a {height} x {width} grid", fontsize=11)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _draw_curve(axes: Any, order: Tensor, width: int, *, size: float) -> None:
+    import torch
+    from matplotlib.collections import LineCollection
+
+    points = torch.stack((order % width, order // width), 1)
+    steps = list(torch.stack((points[:-1], points[1:]), 1).numpy())
+    line = min(max(72 * 0.25 * size, 0.3), 3.0)  # a quarter of a cell
+    curve = LineCollection(steps, cmap="viridis", linewidths=line, capstyle="round")
+    curve.set_array(torch.arange(len(steps)).numpy())
+    axes.add_collection(curve)
+    axes.plot(*points[0].tolist(), "o", color="#d55e00", markersize=max(3 * line, 3.0), zorder=3)
+
+
+def _draw_segments(axes: Any, segments: Tensor) -> None:
+    from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
+
+    colors = colormaps["tab20"](((segments * 7) % 20).numpy())  # 7 apart: segments that follow differ in hue
+    axes.imshow(colors, interpolation="nearest")
+    borders = []
+    for row, column in (segments[:, 1:] != segments[:, :-1]).nonzero().tolist():
+        borders.append(((column + 0.5, row - 0.5), (column + 0.5, row + 0.5)))
+    for row, column in (segments[1:] != segments[:-1]).nonzero().tolist():
+        borders.append(((column - 0.5, row + 0.5), (column + 0.5, row + 0.5)))
+    axes.add_collection(LineCollection(borders, colors="black", linewidths=0.8))

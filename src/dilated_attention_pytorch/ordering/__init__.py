@@ -1,0 +1,19 @@
+"""In which order tokens lie: permutations of the sequence that keep neighbours in space close together."""
+
+from .coordinates import hilbert_order_from_coordinates, order_from_coordinates
+from .hilbert import count_jumps, hilbert_order, step_lengths
+from .ordering import HilbertOrdering
+from .other_orders import GRID_ORDERS, morton_order, raster_order, snake_order
+
+__all__ = [
+    "GRID_ORDERS",
+    "HilbertOrdering",
+    "count_jumps",
+    "hilbert_order",
+    "hilbert_order_from_coordinates",
+    "morton_order",
+    "order_from_coordinates",
+    "raster_order",
+    "snake_order",
+    "step_lengths",
+]
