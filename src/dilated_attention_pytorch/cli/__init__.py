@@ -29,6 +29,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "verify": CommandEntry("verify", "Check outputs and gradients on this machine against the oracle."),
     "doctor": CommandEntry("doctor", "Report versions, devices, and the backends with a timing of each."),
     "bench": CommandEntry("bench", "Compare attention over sequence lengths: times, memory, a plot."),
+    "encode-slide": CommandEntry("encode_slide", "Encode slides, given as features of their tiles, to embeddings."),
+    "draw": CommandEntry("draw", "Draw the order of a grid, and which regions its segments are."),
 }
 
 

@@ -21,6 +21,13 @@ def fail(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch raises a RuntimeError for it, on a GPU a subclass of it."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
 @contextmanager
 def one_line_errors(*, hint: str = "") -> Iterator[None]:
     """Turn a ValueError into exit code 2, a refusing disk or lack of memory into 1 and the ``hint``."""
@@ -34,9 +41,8 @@ def one_line_errors(*, hint: str = "") -> Iterator[None]:
         where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
         raise fail(f"{where}{error.strerror or error}{hint and '; ' + hint}", FAILED) from None
     except (MemoryError, RuntimeError) as error:
-        # torch raises a RuntimeError for lack of memory, on a GPU a subclass of it; anything else is a defect.
-        text = str(error)
-        if not isinstance(error, MemoryError) and not any(words in text for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):  # a defect
             raise
+        text = str(error)
         reason = f"out of memory ({text.splitlines()[0]})" if text else "out of memory"
         raise fail(f"{reason}{hint and '; ' + hint}", FAILED) from None
