@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..patterns.tiles import class_stride
-from . import triton
 from .problem import Problem
+from .tables import LONGEST, capability, covered, longest_position, outside, tiles
+from .triton import add_zero_keys_
 
 TRITON_VERSIONS = ("3.6",)
 """Triton versions on which the kernels passed every test."""
@@ -38,7 +39,7 @@ def unavailable(device: str = "cuda") -> str | None:
         return f"the kernels are tested with Triton {', '.join(TRITON_VERSIONS)}, not {found or 'its absence'}"
     if torch.device(device).type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return f"the kernels need a Hopper GPU, not {device}"
-    major, minor = triton.capability(device)
+    major, minor = capability(device)
     if (major, minor) != (9, 0):
         return f"the kernels need compute capability 9.0 (Hopper), not {major}.{minor}"
     return None
@@ -67,8 +68,8 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
     if backward and torch.are_deterministic_algorithms_enabled():
         return "the backward kernel adds dQ in any order, and torch.use_deterministic_algorithms is on"
     # Strided rows are read through views of the whole batch, which need some length where a rate does not divide it.
-    longest = triton.longest_position(problem)
-    if longest > 1 << 30:
+    longest = longest_position(problem)
+    if longest > LONGEST:
         return f"the kernels count positions up to 2^30, and they reach {longest}"
     rates = (*pattern.dilation_rates, class_stride(pattern, _BLOCK, longest))
     for rows in {shape.batch * shape.query_rows, shape.batch * shape.key_rows}:
@@ -110,7 +111,7 @@ def forward(
     """(out (B, Nq, H, D), lse (B, Nq, H))."""
     from ..kernels import hopper_forward
 
-    table, stride = triton.tiles(problem, _BLOCK, "query")
+    table, stride = tiles(problem, _BLOCK, "query")
     out, lse = hopper_forward.forward(
         _ready(query),
         _ready(key),
@@ -123,9 +124,9 @@ def forward(
         is_causal=problem.options.is_causal,
         scale=problem.options.scale,
     )
-    triton.add_zero_keys_(out, lse, problem)
-    if not triton.covered(problem, "query"):  # rows in no document belong to no tile
-        absent = triton.outside(problem, query.device)
+    add_zero_keys_(out, lse, problem)
+    if not covered(problem, "query"):  # rows in no document belong to no tile
+        absent = outside(problem, query.device)
         out.masked_fill_(absent[:, :, None, None], 0)
         lse.masked_fill_(absent[:, :, None], -torch.inf)
     return out, lse
@@ -147,7 +148,7 @@ def backward(
     """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
     from ..kernels import hopper_backward
 
-    table, stride = triton.tiles(problem, _BLOCK, "key")
+    table, stride = tiles(problem, _BLOCK, "key")
     return hopper_backward.backward(
         _ready(grad_out),
         grad_lse,

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import interpreted
-from ..patterns import DilatedPattern
-from ..patterns.tiles import cells, class_stride
-from ..types import Document, Shape
 from .problem import Problem
+from .tables import LONGEST, branch_table, capability, cell_table, covered, longest_position, pairs, tiles
 
 _LARGEST_DIM = 256
-_LONGEST = 1 << 30
-"""Positions and lengths up to here leave sums of two of them in 32 bits."""
 _ROWS = 64
 """Rows that one program of a kernel without products takes."""
 _DECODED_ROWS = 8
@@ -58,7 +54,7 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
     largest = max(problem.shape.head_dim, problem.shape.value_dim)
     if largest > _LARGEST_DIM:
         return f"a head dim of {largest} does not fit a tile; at most {_LARGEST_DIM}"
-    if longest_position(problem) > _LONGEST:
+    if longest_position(problem) > LONGEST:
         return f"the kernels count positions up to 2^30, and they reach {longest_position(problem)}"
     if problem.options.scale <= 0:
         return f"the kernels need a positive scale, not {problem.options.scale}: they look for the largest score first"
@@ -76,16 +72,6 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
         deltas, own = len(problem.pattern.branches), rows * (shape.value_dim * size + 4)
     gradients = rows * shape.head_dim * size + keys * (shape.head_dim + shape.value_dim) * size
     return max(gradients, own) + deltas * rows * 4
-
-
-def longest_position(problem: Problem) -> int:
-    """The position behind the last row of the longest document, at least 1."""
-    return max((document.position + document.rows for document in problem.documents), default=1)
-
-
-@lru_cache(maxsize=16)
-def capability(device: str) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=16)
@@ -114,32 +100,6 @@ def _sizes(dim: int, itemsize: int, device: str, direction: Literal["forward", "
     while size.stages > 1 and resident + 2 * size.stages * size.others * dim * itemsize > _shared_memory(device):
         size = replace(size, stages=size.stages - 1)
     return size
-
-
-@lru_cache(maxsize=64)
-def _cell_table(
-    pattern: DilatedPattern,
-    shape: Shape,
-    documents: tuple[Document, ...],
-    span: int,
-    side: Literal["query", "key"],
-    device: str,
-) -> Tensor:
-    return torch.from_numpy(cells(pattern, shape, documents, span, side)).to(device)
-
-
-@lru_cache(maxsize=64)
-def _branch_table(pattern: DilatedPattern, device: str) -> Tensor:
-    # A segment, or a rate, beyond every position is one of any such length.
-    clamped = [(min(w, _LONGEST), min(r, _LONGEST)) for w, r in _pairs(pattern)]
-    return torch.tensor(clamped, dtype=torch.int32).to(device)
-
-
-def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
-    """The cell table on the device, and the class stride."""
-    stride = class_stride(problem.pattern, block, longest_position(problem))
-    table = _cell_table(problem.pattern, problem.shape, problem.documents, block * stride, side, problem.device)
-    return table, stride
 
 
 def _padded(dim: int) -> int:
@@ -173,7 +133,7 @@ def _shared(problem: Problem, mask: Tensor | None, seed: int | None, aligned: li
     return {
         "hidden": hidden,
         "hidden_batch": shape.key_rows,
-        "branches": _branch_table(problem.pattern, problem.device),
+        "branches": branch_table(problem.pattern, problem.device),
         "num_branches": len(problem.pattern.branches),
         "num_heads": shape.heads,
         "group": shape.heads // shape.kv_heads,
@@ -243,15 +203,14 @@ def _forward(
     }
     if shape.query_rows <= _DECODED_ROWS:
         _decode(aligned, problem, common)
-        add_zero_keys_(out, lse, problem)
-        return _narrow(out, shape.value_dim), lse
-    size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
-    table, stride = tiles(problem, size.block, "query")
-    if len(table):
-        forward_kernel[(len(table) * stride * shape.heads,)](
-            *aligned, cells=table, num_cells=len(table), stride=stride, BLOCK=size.block, KEYS=size.others,
-            num_warps=size.warps, num_stages=size.stages, **common,
-        )  # fmt: skip
+    else:
+        size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
+        table, stride = tiles(problem, size.block, "query")
+        if len(table):
+            forward_kernel[(len(table) * stride * shape.heads,)](
+                *aligned, cells=table, num_cells=len(table), stride=stride, BLOCK=size.block, KEYS=size.others,
+                num_warps=size.warps, num_stages=size.stages, **common,
+            )  # fmt: skip
     add_zero_keys_(out, lse, problem)
     return _narrow(out, shape.value_dim), lse
 
@@ -262,11 +221,11 @@ def add_zero_keys_(out: Tensor, lse: Tensor, problem: Problem) -> None:
 
     if problem.options.padding != "zeros" or problem.options.is_causal:
         return
-    if all(d.length % w == 0 and w % r == 0 for d in problem.documents for w, r in _pairs(problem.pattern)):
+    if all(d.length % w == 0 and w % r == 0 for d in problem.documents for w, r in pairs(problem.pattern)):
         return
-    table = _cell_table(problem.pattern, problem.shape, problem.documents, _ROWS, "query", problem.device)
+    table = cell_table(problem.pattern, problem.shape, problem.documents, _ROWS, "query", problem.device)
     zero_keys_kernel[(len(table) * problem.shape.heads,)](
-        out, lse, cells=table, branches=_branch_table(problem.pattern, problem.device), num_cells=len(table), stride=1,
+        out, lse, cells=table, branches=branch_table(problem.pattern, problem.device), num_cells=len(table), stride=1,
         interleaved=int(problem.pattern.head_offsets == "interleaved"), num_branches=len(problem.pattern.branches),
         num_heads=problem.shape.heads, query_rows_total=problem.shape.query_rows, DV=out.shape[3],
         PADDED_V=_padded(out.shape[3]), BLOCK=_ROWS,
@@ -283,13 +242,13 @@ def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> 
     from ..kernels.decode import decode_kernel
 
     shape, device = problem.shape, aligned[0].device
-    table = _cell_table(problem.pattern, shape, problem.documents, 1, "query", problem.device)
+    table = cell_table(problem.pattern, shape, problem.documents, 1, "query", problem.device)
     tasks = len(table) * shape.heads
     if not tasks:
         return
     keys = 64 if common["PADDED"] * aligned[0].element_size() <= 256 else 32
     longest = longest_position(problem)
-    blocks = sum(-(-min(w, longest) // r // keys) for w, r in _pairs(problem.pattern))
+    blocks = sum(-(-min(w, longest) // r // keys) for w, r in pairs(problem.pattern))
     wanted = max(1, min(blocks // 2, 4 * _processors(problem.device) // tasks, 64))
     splits = 1 << (wanted.bit_length() - 1)
     decode_kernel[(tasks * splits,)](
@@ -297,10 +256,6 @@ def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> 
         tickets=_tickets(1 << (tasks - 1).bit_length(), device), cells=table, num_cells=len(table),
         stride=1, KEYS=keys, SPLITS=splits, num_warps=4, num_stages=2, **common,
     )  # fmt: skip
-
-
-def _pairs(pattern: DilatedPattern) -> list[tuple[int, int]]:
-    return list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
 
 
 @lru_cache(maxsize=16)
@@ -320,25 +275,6 @@ def _tickets(count: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def _kept_tickets(count: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
-
-
-def covered(problem: Problem, side: Literal["query", "key"]) -> bool:
-    """Whether a tile writes every row: rows outside documents (left padding) and keys without a query have none."""
-    shape = problem.shape
-    first = shape.key_rows - shape.query_rows
-    asked = [d for d in problem.documents if d.row + d.rows > first]
-    if side == "key":
-        return sum(d.batches * d.rows for d in asked) == shape.batch * shape.key_rows
-    return sum(d.batches * (d.row + d.rows - max(d.row, first)) for d in asked) == shape.batch * shape.query_rows
-
-
-def outside(problem: Problem, device: torch.device) -> Tensor:
-    """Which query rows lie in no document: (B, Nq) bool."""
-    shape = problem.shape
-    absent = torch.ones(shape.batch, shape.key_rows, dtype=torch.bool)
-    for d in problem.documents:
-        absent[d.batch : d.batch + d.batches, d.row : d.row + d.rows] = False
-    return absent[:, shape.key_rows - shape.query_rows :].to(device)
 
 
 def _result(size: tuple[int, ...], like: Tensor, whole: bool) -> Tensor:

@@ -23,7 +23,7 @@ def delta_kernel(
     valid = index < rows
     mask = valid[:, None] & (dims < DV)[None, :]
     head, row = index % num_heads, index // num_heads
-    place = (row // per_batch) * g_batch + (row % per_batch) * g_row + head.to(tl.int64) * g_head
+    place = (row // per_batch) * g_batch + (row % per_batch) * g_row + head * g_head
     o = tl.load(out + index[:, None] * DV + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_out + place[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     result = tl.sum(o * g, 1)
