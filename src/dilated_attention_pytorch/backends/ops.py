@@ -84,7 +84,7 @@ def _problem(
 
 
 @contextmanager
-def _no_autocast(device: str) -> Iterator[None]:
+def no_autocast(device: str) -> Iterator[None]:
     """Leave dtypes as they are: the public functions have cast already."""
     if not torch.is_autocast_enabled(device):
         yield
@@ -118,7 +118,7 @@ def _forward(
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad,
     )  # fmt: skip
     chosen = choose(backend, problem).backend
-    with torch.cuda.device_of(query), _no_autocast(query.device.type):
+    with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.forward(
             query, key, value, problem, mask=key_padding_mask, seed=None if seed is None else int(seed.item())
         )
@@ -166,7 +166,7 @@ def _backward(
         grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)
     if key_padding_mask is not None:  # only then is such a row part of a call
         grad_out = grad_out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
-    with torch.cuda.device_of(query), _no_autocast(query.device.type):
+    with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,
             mask=key_padding_mask, seed=None if seed is None else int(seed.item()),

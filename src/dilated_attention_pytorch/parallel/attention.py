@@ -19,7 +19,7 @@ from ..memory import MemoryPool
 from ..merge import accumulator_dtype, merge_
 from .comm import Pending, Traffic, exchange
 from .dense import dense_backward, dense_forward
-from .shard import Pairing, Rectangle
+from .shard import Block, Pairing, Rectangle
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ def _keys(buffer: Tensor, rectangle: Rectangle, batch: int, dim: int) -> Tensor:
     )
 
 
+def _block(tensor: Tensor, block: Block) -> Tensor:
+    """The rows of a block of a (B, N, G, D) tensor, as (B, rows, D)."""
+    return tensor[:, block.row : block.row + block.rate * (block.rows - 1) + 1 : block.rate, block.kv_head]
+
+
 def _pack(pairing: Pairing, key: Tensor, value: Tensor) -> Tensor:
     """The active rows that a peer needs: all blocks of keys, then all of values, each (B, rows, D)."""
-    parts = [
-        tensor[:, block.row : block.row + block.rate * (block.rows - 1) + 1 : block.rate, block.kv_head].reshape(-1)
-        for tensor in (key, value)
-        for block in pairing.blocks
-    ]
+    parts = [_block(tensor, block).reshape(-1) for tensor in (key, value) for block in pairing.blocks]
     return torch.cat(parts)
 
 
@@ -212,6 +213,5 @@ def _add_home(pairing: Pairing, buffer: Tensor, dk: Tensor, dv: Tensor) -> None:
     for total, part in zip((dk, dv), _halves(buffer, pairing, batch, dk.shape[3]), strict=True):
         dim = total.shape[3]
         for block in pairing.blocks:
-            place = total[:, block.row : block.row + block.rate * (block.rows - 1) + 1 : block.rate, block.kv_head]
             size = block.rows * batch * dim
-            place.add_(part[block.start * batch * dim :][:size].view(batch, block.rows, dim))
+            _block(total, block).add_(part[block.start * batch * dim :][:size].view(batch, block.rows, dim))

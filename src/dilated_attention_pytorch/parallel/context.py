@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import Problem
 from ..backends.documents import read_documents
+from ..backends.ops import no_autocast
 from ..backends.views import foldable
 from ..memory import MemoryPool, SimplePool
 from ..patterns import DilatedPattern
@@ -126,7 +127,8 @@ class ContextParallel:
         documents = read_documents(whole, key_start=key_start, key_starts=None, cu_seqlens=cu_seqlens, suffix_mask=None)
         self._agree((pattern, whole, options, documents, query.dtype, backend, self.strategy, self.layout))
         job = self._job(query, key, value, pattern, options, whole, documents, backend)
-        out, lse = ShardedAttention.apply(query, key, value, job)
+        with torch.cuda.device_of(query), no_autocast(query.device.type):  # as the operators on one device
+            out, lse = ShardedAttention.apply(query, key, value, job)
         return AttentionOutput(out, lse)
 
     def _agree(self, config: tuple[Any, ...]) -> None:
