@@ -25,14 +25,18 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     ``out`` (..., D) and ``lse`` (...) may be strided views; ``other_out`` is cast to the dtype of ``out``. Where both
     are empty the row stays empty.
     """
-    joined = torch.logaddexp(lse, other_lse)
-    weight = torch.exp(other_lse - joined).nan_to_num_(nan=0.0)  # -inf - -inf: an empty row stays as it is
+    # Of the difference, not exp(other_lse - joined): the rounding of the joined lse would be the weight's error.
+    weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0)  # -inf - -inf: an empty row stays as it is
     out.lerp_(other_out.to(out.dtype), weight.unsqueeze(-1))
-    lse.copy_(joined)
+    lse.copy_(torch.logaddexp(lse, other_lse))
 
 
-def add_zero_keys_(out: Tensor, lse: Tensor, count: int) -> None:
-    """Join ``count`` keys of zeros with values of zeros in place: a partial with out 0 and lse log(count)."""
-    joined = torch.logaddexp(lse, lse.new_full((), math.log(count)))
-    out.mul_(torch.exp(lse - joined).unsqueeze(-1).to(out.dtype))
-    lse.copy_(joined)
+def add_zero_keys_(out: Tensor, lse: Tensor, count: int | Tensor) -> None:
+    """Join ``count`` keys of zeros with values of zeros in place: a partial with out 0 and lse log(count).
+
+    A count for each row is a tensor that broadcasts to ``lse``.
+    """
+    # A number is filled in on the device: copying it there would synchronise.
+    zeros = count.to(lse.dtype).log() if isinstance(count, Tensor) else lse.new_full((), math.log(count))
+    out.mul_(torch.sigmoid(lse - zeros).nan_to_num_(nan=0.0).unsqueeze(-1).to(out.dtype))
+    lse.copy_(torch.logaddexp(lse, zeros))

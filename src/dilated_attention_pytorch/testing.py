@@ -205,8 +205,8 @@ def largest_summands(
     A gradient can be exactly 0 by cancellation: a row with a single key has P = 1, dS = dP - delta = 0, where
     dP and delta = rowsum(dO * O) are sums over the head dim that nobody computes without rounding. Bound B is
     0 there: neither the gold gradient nor (where it adds in the same order) the eager error shows the terms.
-    So a sum over the head dim counts as that of its absolute values, P = exp(s - lse) as P times s (the error
-    of s is its relative error), and every other sum as its largest term. ``tensors`` as for `results`, in
+    So a sum over the head dim counts as that of its absolute values, P = exp(s - lse) as P times s and lse
+    (their errors are its relative error), and every other sum as its largest term. ``tensors`` as for `results`, in
     float64; options as for `oracle`.
     """
     query, key, value, grad_out, grad_of_lse = tensors
@@ -223,7 +223,7 @@ def largest_summands(
         p = survivors * count * torch.exp(logits - lse[b].nan_to_num(neginf=0.0).unsqueeze(-1))
         scores, dp = q.abs() @ k.abs().mT * abs(scale) * (count > 0), do.abs() @ v.abs().mT
         delta = (do.abs() * o.abs()).sum(-1) + (grad_of_lse[b].abs() if grad_lse else 0.0)
-        p_noise = p * scores.clamp(min=1)
+        p_noise = p * (scores + lse[b].nan_to_num(neginf=0.0).abs().unsqueeze(-1)).clamp(min=1)
         difference = do @ v.mT - ((do * o).sum(-1) - (grad_of_lse[b] if grad_lse else 0.0)).unsqueeze(-1)
         ds = (p * (dp + delta.unsqueeze(-1)) + p_noise * difference.abs()) * abs(scale)
         factors = ((p_noise, v), (ds, k), (ds.mT, q), (p_noise.mT, do))

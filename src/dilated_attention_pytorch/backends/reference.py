@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..merge import accumulator_dtype, merge_
+from ..merge import accumulator_dtype, add_zero_keys_, merge_
 from .philox import keep_mask
 from .problem import Problem
 
@@ -181,8 +181,7 @@ def forward(
         here = (block.query_rows[:, None], block.heads)
         new_out, new_lse = out[block.batch][:, *here], lse[block.batch][:, *here]
         merge_(new_out, new_lse, block_out.transpose(1, 2), block_lse.transpose(1, 2))
-        zeros_lse = block.zero_keys.to(acc).log()[:, None].expand_as(new_lse)
-        merge_(new_out, new_lse, torch.zeros_like(new_out), zeros_lse)
+        add_zero_keys_(new_out, new_lse, block.zero_keys[:, None])
         out[block.batch][:, *here], lse[block.batch][:, *here] = new_out, new_lse
     return out.to(query.dtype), lse
 
