@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..merge import accumulator_dtype
 from ..modules import DilatedAttention
+from ..ordering import HilbertOrdering
 from .blocks import Documents, Factory
 from .encoder_config import LongNetEncoderConfig
 from .xpos import XPos, XPosTables, apply_xpos, centred_positions
@@ -178,38 +179,64 @@ class LongNetEncoder(nn.Module):
                 nn.init.xavier_normal_(module.weight, gain=1.0 if name.endswith(("q_proj", "k_proj")) else gain)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ordering: HilbertOrdering | None = None,
+    ) -> Tensor:
         """Encode embeddings ``(B, N, embed_dim)``: ``(B, N, embed_dim)``, the final norm applied if there is one.
 
         Args:
             x: embeddings, positions included; what they hold at masked rows has no effect.
             key_padding_mask: ``(B, N)`` bool, True = padding; with ``padding="zeros"`` at the end of each row.
             cu_seqlens: ``(documents + 1,)`` boundaries of documents packed in one row of batch 1.
+            ordering: in which order the layers see the rows. They are permuted once before the first layer and put
+                back after the last, masks and xPos's positions with them.
 
         Raises:
-            ValueError: embeddings of another shape, document arguments that :func:`dilated_attention` refuses, or
-                with ``xpos`` documents so long that its scale overflows.
+            ValueError: embeddings of another shape, document arguments that :func:`dilated_attention` refuses, an
+                ordering of other rows or documents, or with ``xpos`` documents so long that its scale overflows.
         """
-        for state in self.iter_states(x, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens):
+        for state in self._states(x, key_padding_mask, cu_seqlens, ordering):
             x = state
+        x = x if ordering is None else ordering.invert(x)
         return x if self.layer_norm is None else self.layer_norm(x)
 
     def iter_states(
-        self, x: Tensor, *, key_padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ordering: HilbertOrdering | None = None,
     ) -> Iterator[Tensor]:
         """The residual stream: the input, then the output of each layer, before the final norm; as :meth:`forward`.
 
         One at a time, so that whoever wants a summary of every layer need not hold all of them.
         """
+        for state in self._states(x, key_padding_mask, cu_seqlens, ordering):
+            yield state if ordering is None else ordering.invert(state)
+
+    def _states(
+        self, x: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, ordering: HilbertOrdering | None
+    ) -> Iterator[Tensor]:
+        """The residual stream, its rows in the order of ``ordering``."""
         config = self.config
         if x.dim() != 3 or x.shape[2] != config.embed_dim or 0 in x.shape:
             raise ValueError(
                 f"the encoder's input has shape {tuple(x.shape)}; give (batch, rows, {config.embed_dim}), not empty"
             )
+        if ordering is not None:
+            _check_documents(ordering, cu_seqlens)
+            x = ordering.apply(x)
+            key_padding_mask = None if key_padding_mask is None else ordering.apply(key_padding_mask)
         documents = Documents(key_padding_mask, cu_seqlens, 0)
         longest = self._longest_document(x.shape[1], cu_seqlens)
         self._warn_misplaced(longest)
-        tables = self._xpos_tables(x, documents, longest)
+        tables = self._xpos_tables(x, documents, longest, ordering)
         if key_padding_mask is not None:
             x = x.masked_fill(key_padding_mask[..., None], 0.0)
         x = self.dropout(x)
@@ -229,14 +256,19 @@ class LongNetEncoder(nn.Module):
             return rows
         return int(cu_seqlens.diff().max()) if cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 else rows
 
-    def _xpos_tables(self, x: Tensor, documents: Documents, longest: int) -> XPosTables | None:
+    def _xpos_tables(
+        self, x: Tensor, documents: Documents, longest: int, ordering: HilbertOrdering | None
+    ) -> XPosTables | None:
         xpos: XPos | None = self.layers[0].self_attn.xpos  # type: ignore[assignment,union-attr]  # of an EncoderLayer
         if xpos is None:
             return None
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         xpos.check_span(longest, max(self.config.segment_lengths), dtype)
-        return xpos.tables(centred_positions(x.shape[1], documents.cu_seqlens, x.device), accumulator_dtype(x.dtype))
+        positions = centred_positions(x.shape[1], documents.cu_seqlens, x.device)
+        if ordering is not None:
+            positions = positions[0, ordering.positions(x.device)].view(-1, x.shape[1])
+        return xpos.tables(positions, accumulator_dtype(x.dtype))
 
     def _warn_misplaced(self, longest: int) -> None:
         shifted = [f"{w} (rate {r})" for w, r in self._misplaced if longest > w]
@@ -248,4 +280,17 @@ class LongNetEncoder(nn.Module):
             "torchscale returns what follows the first such segment at wrong rows. Here every row is at its own place, "
             "so the output differs from torchscale's.",
             stacklevel=3,
+        )
+
+
+def _check_documents(ordering: HilbertOrdering, cu_seqlens: Tensor | None) -> None:
+    """An ordering must leave every row in its document."""
+    if ordering.cu_seqlens is None and cu_seqlens is None:
+        return
+    if torch.compiler.is_compiling() and None not in (ordering.cu_seqlens, cu_seqlens):
+        return
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    if ordering.cu_seqlens != bounds:
+        raise ValueError(
+            f"the ordering's cu_seqlens are {ordering.cu_seqlens}, the encoder's {bounds}; give both the same documents"
         )

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..merge import accumulator_dtype
+from ..ordering import Curve, HilbertOrdering, checked_curve, grid_ordering
 from ..types import MixingGrad, Padding
 from .encoder import LongNetEncoder
 from .encoder_config import LongNetEncoderConfig
 from .front_ends import ImageEmbedding, TileEmbedding
 from .gigapath import gigapath_segment_lengths, read_gigapath
 from .longvit import longvit_segment_lengths, read_longvit
+from .positions import grid_cells
 from .slides import Slides
 from .weights import WeightsError, WeightsSource, describe, materialise
 
@@ -34,9 +36,11 @@ class LongNetViT(nn.Module):
         global_pool: a slide's embedding is the norm of the mean over its tiles, not its class token.
         norm_eps: added to the variance in the norm of a slide's embedding.
         num_classes: of the classifier on images; 0: none.
+        ordering: the curve along which the encoder sees tiles (by their coordinates; the class token stays first) or
+            patches (by their place); None: as they are given, and patches row by row. Outputs are in the given order.
 
     Raises:
-        ValueError: widths that differ, or an option of the other front end.
+        ValueError: widths that differ, an option of the other front end, or a curve that is none.
 
     >>> config = LongNetEncoderConfig(
     ...     embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(16, 64), dilation_rates=(1, 4)
@@ -55,6 +59,7 @@ class LongNetViT(nn.Module):
         global_pool: bool = False,
         norm_eps: float = 1e-6,
         num_classes: int = 0,
+        ordering: Curve | None = None,
     ) -> None:
         super().__init__()
         width = config.embed_dim
@@ -68,6 +73,7 @@ class LongNetViT(nn.Module):
         weight = patch_embed.proj.weight
         device, dtype = weight.device, weight.dtype
         self.global_pool = global_pool
+        self.ordering = None if ordering is None else checked_curve(ordering)
         self.patch_embed = patch_embed
         self.cls_token: nn.Parameter | None = None
         self.pos_embed: nn.Parameter | None = None
@@ -130,7 +136,10 @@ class LongNetViT(nn.Module):
             if coords is not None or all_layer_embed or key_padding_mask is not None or cu_seqlens is not None:
                 raise ValueError("this model takes images; give model(image) without coordinates and further options")
             assert self.pos_embed is not None
-            return self.encoder(self.patch_embed(x, self.pos_embed))
+            patches = self.patch_embed(x, self.pos_embed)
+            size = self.patch_embed.patch_size
+            ordering = grid_ordering(self.ordering, x.shape[2] // size, x.shape[3] // size) if self.ordering else None
+            return self.encoder(patches, ordering=ordering)
         if coords is None:
             raise ValueError("coords is missing; give the corners of the tiles in pixels, (batch, tiles, 2)")
         assert self.cls_token is not None
@@ -138,13 +147,28 @@ class LongNetViT(nn.Module):
         slides = Slides.of(x, key_padding_mask, cu_seqlens)
         tokens = slides.insert(self.cls_token, self.patch_embed(x, coords, key_padding_mask))
         documents = {"key_padding_mask": slides.key_padding_mask, "cu_seqlens": slides.cu_seqlens}
+        ordering = self._order_of_tiles(coords, key_padding_mask, slides)
         if all_layer_embed:
-            states = self.encoder.iter_states(tokens, **documents)
+            states = self.encoder.iter_states(tokens, **documents, ordering=ordering)
         else:
-            states = iter([self.encoder(tokens, **documents)])
+            states = iter([self.encoder(tokens, **documents, ordering=ordering)])
         # Taken from each state as it comes: the states of all layers together would be many times as large.
         pool = slides.mean_of_tiles if self.global_pool else slides.class_tokens
         return [self.norm(pool(state)) for state in states]
+
+    def _order_of_tiles(self, coords: Tensor, padding: Tensor | None, slides: Slides) -> HilbertOrdering | None:
+        if self.ordering is None or not isinstance(self.patch_embed, TileEmbedding):
+            return None
+        cells = grid_cells(
+            coords, tile_size=self.patch_embed.tile_size, grid=self.patch_embed.slide_ngrids, padding=padding
+        )
+        return HilbertOrdering.from_coordinates(
+            cells[0] if slides.cu_seqlens is not None else cells,
+            curve=self.ordering,
+            key_padding_mask=padding,
+            skip_first=1,
+            cu_seqlens=slides.cu_seqlens,
+        )
 
     def classify(self, image: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` of images: the classifier on the norm of the mean over their patches.
@@ -176,6 +200,7 @@ class LongNetViT(nn.Module):
         mixing_grad: MixingGrad = "exact",
         activation_checkpointing: bool = False,
         backend: str = "auto",
+        ordering: Curve | None = None,
     ) -> LongNetViT:
         """GigaPath's slide encoder, from its own checkpoint; on the CPU, in float32, in eval mode.
 
@@ -193,6 +218,7 @@ class LongNetViT(nn.Module):
                 layers 1024 wide) and otherwise 1e-5, as in the original.
             padding: "zeros" is what the weights were trained with.
             mixing_grad, activation_checkpointing, backend: see :class:`LongNetEncoderConfig`.
+            ordering: see the class; the published weights saw tiles as their files list them.
 
         Raises:
             WeightsError: a ValueError; unreadable or foreign weights, or names or shapes that do not fit.
@@ -222,7 +248,7 @@ class LongNetViT(nn.Module):
             dtype=torch.float32,
         )
         norm_eps = sizes.norm_eps if norm_eps is None else norm_eps
-        model = cls(config, embed, global_pool=global_pool, norm_eps=norm_eps)
+        model = cls(config, embed, global_pool=global_pool, norm_eps=norm_eps, ordering=ordering)
         materialise(model, weights, path_or_state_dict)
         return model.eval()
 
@@ -241,6 +267,7 @@ class LongNetViT(nn.Module):
         mixing_grad: MixingGrad = "exact",
         activation_checkpointing: bool = False,
         backend: str = "auto",
+        ordering: Curve | None = None,
     ) -> LongNetViT:
         """LongViT of torchscale's examples, from its own checkpoint; on the CPU, in float32, in eval mode.
 
@@ -254,6 +281,7 @@ class LongNetViT(nn.Module):
             segment_lengths: by default :func:`longvit_segment_lengths` of ``img_size``.
             dilation_rates: one for each segment length.
             drop_path_rate, padding, mixing_grad, activation_checkpointing, backend: as for :meth:`from_gigapath`.
+            ordering: see the class; the published weights saw patches row by row.
 
         Raises:
             WeightsError: a ValueError; unreadable or foreign weights, or names or shapes that do not fit.
@@ -286,6 +314,6 @@ class LongNetViT(nn.Module):
             device="meta",
             dtype=torch.float32,
         )
-        model = cls(config, embed, num_classes=sizes.num_classes)
+        model = cls(config, embed, num_classes=sizes.num_classes, ordering=ordering)
         materialise(model, weights, path_or_state_dict)
         return model.eval()

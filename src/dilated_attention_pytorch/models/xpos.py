@@ -18,7 +18,7 @@ _MARGIN = 5.0  # of the exponent, for queries, keys and scores that are larger t
 
 
 class XPosTables(NamedTuple):
-    """Cosines, sines and the query's scale, ``(1, N, 1, D/2)``."""
+    """Cosines, sines and the query's scale, ``(1, N, 1, D/2)`` or ``(B, N, 1, D/2)``."""
 
     cos: Tensor
     sin: Tensor
@@ -64,7 +64,7 @@ class XPos(nn.Module):
                 )
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> XPosTables:
-        """Tables for int64 positions ``(1, N)`` in the document, best centred at 0 to keep scales small."""
+        """Tables for int64 positions ``(1, N)`` or ``(B, N)`` in the document, best centred at 0: small scales."""
         # In float32 the angle at position 10**6 is off by up to 0.03; float64 keeps it right.
         exact = torch.float32 if positions.device.type == "mps" else torch.float64
         at = positions.to(exact)[:, :, None, None]

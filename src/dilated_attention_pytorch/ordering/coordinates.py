@@ -48,8 +48,7 @@ def order_from_coordinates(
     coordinates: Tensor, *, curve: Curve = "hilbert", bits: int | None = None, key_padding_mask: Tensor | None = None
 ) -> Tensor:
     """`hilbert_order_from_coordinates` for any of the curves, to compare them."""
-    if curve not in get_args(Curve):
-        raise ValueError(f"curve is {curve!r}; choose one of {', '.join(map(repr, get_args(Curve)))}")
+    checked_curve(curve)
     _check(coordinates, bits, key_padding_mask)
     points = coordinates if coordinates.dim() == 3 else coordinates[None]
     hidden = torch.zeros(points.shape[:2], dtype=torch.bool, device=points.device)
@@ -64,6 +63,13 @@ def order_from_coordinates(
         if key_padding_mask is not None:
             order = order.gather(1, hidden.gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
     return order if coordinates.dim() == 3 else order[0]
+
+
+def checked_curve(name: str) -> Curve:
+    """The name of a curve, or the ValueError that lists them."""
+    if name not in get_args(Curve):
+        raise ValueError(f"the curve is {name!r}; choose one of {', '.join(map(repr, get_args(Curve)))}")
+    return name  # type: ignore[return-value]  # one of them
 
 
 def _check(coordinates: Tensor, bits: int | None, mask: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coordinates import hilbert_order_from_coordinates
+from .coordinates import Curve, order_from_coordinates
 from .hilbert import checked_shape, hilbert_order
 from .permutation import inverse_of, permute_rows
 
@@ -78,12 +78,13 @@ class HilbertOrdering:
         cls,
         coordinates: Tensor,
         *,
+        curve: Curve = "hilbert",
         bits: int | None = None,
         key_padding_mask: Tensor | None = None,
         skip_first: int = 0,
         cu_seqlens: Tensor | Sequence[int] | None = None,
     ) -> HilbertOrdering:
-        """The ordering of points by `hilbert_order_from_coordinates`.
+        """The ordering of points by `hilbert_order_from_coordinates`, or by another curve to compare it with.
 
         ``coordinates`` and ``key_padding_mask`` have no entries for rows skipped. With ``cu_seqlens`` (which counts
         them) coordinates are (N, 2) or (N, 3), and every document is ordered, and scaled, for itself.
@@ -93,7 +94,7 @@ class HilbertOrdering:
         """
         bounds = _checked_bounds(cu_seqlens, skip_first)
         if bounds is None:
-            order = hilbert_order_from_coordinates(coordinates, bits=bits, key_padding_mask=key_padding_mask)
+            order = order_from_coordinates(coordinates, curve=curve, bits=bits, key_padding_mask=key_padding_mask)
             return cls(permutation=order, skip_first=skip_first)
         if key_padding_mask is not None:
             raise ValueError("both key_padding_mask and cu_seqlens are given; packed documents have no padding")
@@ -105,7 +106,7 @@ class HilbertOrdering:
             )
         orders, first = [], 0
         for part in coordinates.split(lengths):
-            orders.append(hilbert_order_from_coordinates(part, bits=bits) + first)
+            orders.append(order_from_coordinates(part, curve=curve, bits=bits) + first)
             first += len(part)
         return cls(permutation=torch.cat(orders), skip_first=skip_first, cu_seqlens=bounds)
 
