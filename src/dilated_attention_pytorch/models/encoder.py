@@ -1,4 +1,4 @@
-"""LongNet's bidirectional encoder, with the options and the state-dict keys of torchscale's."""
+"""LongNet's encoder, with the options and the state-dict keys of torchscale's; causal, the stack of its decoder."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class EncoderSelfAttention(nn.Module):
         self.attention = DilatedAttention(
             config.segment_lengths,
             config.dilation_rates,
+            is_causal=config.is_causal,
             dropout=config.attention_dropout,
             head_offsets=config.head_offsets,
             padding=config.padding,
@@ -230,6 +231,7 @@ class LongNetEncoder(nn.Module):
                 f"the encoder's input has shape {tuple(x.shape)}; give (batch, rows, {config.embed_dim}), not empty"
             )
         if ordering is not None:
+            ordering.check(is_causal=config.is_causal)
             _check_documents(ordering, cu_seqlens)
             x = ordering.apply(x)
             key_padding_mask = None if key_padding_mask is None else ordering.apply(key_padding_mask)

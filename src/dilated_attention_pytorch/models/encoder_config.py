@@ -23,6 +23,7 @@ class LongNetEncoderConfig:
         segment_lengths, dilation_rates, head_offsets: the pattern, see :class:`DilatedPattern` [segment_length,
             dilated_ratio].
         padding: "mask", or "zeros" for weights that torchscale trained, see :func:`dilated_attention`.
+        is_causal: a row attends to itself and those before it, which makes the layers a decoder's.
         mixing_grad: "exact", or "detached" for torchscale's gradients; the output is the same.
         subln: a second LayerNorm in each sub-layer, before its last projection, and MAGNETO's initial gains (arXiv
             2210.06423); needs ``normalize_before``.
@@ -59,6 +60,7 @@ class LongNetEncoderConfig:
     dilation_rates: tuple[int, ...]
     head_offsets: HeadOffsets = "contiguous"
     padding: Padding = "mask"
+    is_causal: bool = False
     mixing_grad: MixingGrad = "exact"
     subln: bool = True
     normalize_before: bool = True
@@ -90,7 +92,7 @@ class LongNetEncoderConfig:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(map(repr, get_args(kind)))
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}")
-        for name in ("subln", "normalize_before", "final_norm", "xpos", "activation_checkpointing"):
+        for name in ("is_causal", "subln", "normalize_before", "final_norm", "xpos", "activation_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
         if self.subln and not self.normalize_before:
