@@ -16,6 +16,7 @@ from ..modules import DilatedAttention
 from ..ordering import HilbertOrdering
 from .blocks import Documents, Factory
 from .encoder_config import LongNetEncoderConfig
+from .pointwise import norm_linear
 from .xpos import XPos, XPosTables, apply_xpos, centred_positions
 
 
@@ -69,11 +70,13 @@ class EncoderSelfAttention(nn.Module):
             backend=config.backend,
         )
 
-    def forward(self, x: Tensor, documents: Documents, tables: XPosTables | None) -> Tensor:
-        """``(B, N, E)`` to ``(B, N, E)``."""
-        query, key, value = (
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(
+        self, x: Tensor, documents: Documents, tables: XPosTables | None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        """``(B, N, E)`` to ``(B, N, E)``; ``norm`` comes before the projections."""
+        projections = [self.q_proj, self.k_proj, self.v_proj]
+        projected = [project(x) for project in projections] if norm is None else norm_linear(x, norm, projections)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         if tables is not None:
             query, key = apply_xpos(query, key, tables)
         out = self.attention(
@@ -84,7 +87,9 @@ class EncoderSelfAttention(nn.Module):
             cu_seqlens=documents.cu_seqlens,
             key_start=documents.key_start,
         ).flatten(-2)
-        return self.out_proj(out if self.inner_attn_ln is None else self.inner_attn_ln(out))
+        if self.inner_attn_ln is None:
+            return self.out_proj(out)
+        return norm_linear(out, self.inner_attn_ln, [self.out_proj])[0]
 
 
 class EncoderFeedForward(nn.Module):
@@ -99,9 +104,13 @@ class EncoderFeedForward(nn.Module):
             self.ffn_layernorm = nn.LayerNorm(config.ffn_width, eps=config.layer_norm_eps, **factory)
         self.dropout = nn.Dropout(config.activation_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, E)`` to ``(B, N, E)``."""
-        hidden = self.dropout(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """``(B, N, E)`` to ``(B, N, E)``; ``norm`` comes before the first projection."""
+        hidden = self.fc1(x) if norm is None else norm_linear(x, norm, [self.fc1])[0]
+        dropping = self.training and self.dropout.p > 0
+        if self.ffn_layernorm is not None and not dropping:
+            return norm_linear(hidden, self.ffn_layernorm, [self.fc2], gelu=True)[0]
+        hidden = self.dropout(F.gelu(hidden))
         return self.fc2(hidden if self.ffn_layernorm is None else self.ffn_layernorm(hidden))
 
 
@@ -120,11 +129,11 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: XPosTables | None) -> Tensor:
         """``(B, N, E)`` to ``(B, N, E)``."""
-        update = self.self_attn(self.self_attn_layer_norm(x) if self.normalize_before else x, documents, tables)
+        update = self.self_attn(x, documents, tables, self.self_attn_layer_norm if self.normalize_before else None)
         x = x + self.drop_path(self.dropout(update), documents.cu_seqlens)
         if not self.normalize_before:
             x = self.self_attn_layer_norm(x)
-        update = self.ffn(self.final_layer_norm(x) if self.normalize_before else x)
+        update = self.ffn(x, self.final_layer_norm if self.normalize_before else None)
         x = x + self.drop_path(self.dropout(update), documents.cu_seqlens)
         return x if self.normalize_before else self.final_layer_norm(x)
 
