@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
@@ -212,15 +213,21 @@ def convert_state_dict(weights: Mapping[str, Tensor], *, prefix: str = "", args:
 def _classes(tree: ModuleType | None) -> list[type[nn.Module]]:
     """Every DilatedAttention of an imported ``...torchscale.component.dilated_attention``, once."""
     found: list[type[nn.Module]] = []
-    prefix = "" if tree is None else tree.__name__
     for name, module in list(sys.modules.items()):
-        inside = not prefix or name == prefix or name.startswith(f"{prefix}.")
-        if module is None or not inside or not name.endswith(_MODULE) or "torchscale" not in name.split("."):
+        if module is None or not name.endswith(_MODULE) or "torchscale" not in name.split("."):
             continue
         cls = getattr(module, "DilatedAttention", None)
-        if isinstance(cls, type) and "forward" in vars(cls) and cls not in found:
+        if isinstance(cls, type) and "forward" in vars(cls) and cls not in found and _belongs(name, module, tree):
             found.append(cls)
     return found
+
+
+def _belongs(name: str, module: ModuleType, tree: ModuleType | None) -> bool:
+    """Whether a module is of the tree: by name, or by its file, for gigapath imports its torchscale by that name."""
+    if tree is None or name.startswith(f"{tree.__name__}."):
+        return True
+    file = getattr(module, "__file__", None)
+    return file is not None and any(Path(folder) in Path(file).parents for folder in getattr(tree, "__path__", ()))
 
 
 def _refuse(module: Any, attn_mask: Tensor | None, rel_pos: Tensor | None) -> None:
@@ -253,4 +260,4 @@ def _turned(xpos: nn.Module, x_BNHD: Tensor, *, offset: int, downscale: bool) ->
 
 def _integers(given: str | Sequence[int]) -> tuple[int, ...]:
     """Lists of torchscale's arguments, which may also be their text."""
-    return tuple(ast.literal_eval(given) if isinstance(given, str) else given)
+    return tuple(map(int, ast.literal_eval(given) if isinstance(given, str) else given))  # numpy's too
