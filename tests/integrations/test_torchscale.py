@@ -85,7 +85,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.attention, self.xpos = attention, None
 
-    def forward(self, x: torch.Tensor, documents: Any, tables: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: Any, tables: Any, norm: nn.Module) -> torch.Tensor:
+        x = norm(x)
         return self.attention(query=x, key=x, value=x, key_padding_mask=documents.key_padding_mask)[0]
 
 
