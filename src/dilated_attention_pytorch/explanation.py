@@ -16,7 +16,42 @@ from .backends.problem import Problem
 from .backends.vendor import Kernel
 from .functional import checked_arguments
 from .merge import accumulator_dtype
+from .parallel import ContextParallel
+from .parallel.schedule import Call as ParallelCall
 from .types import Call
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the ranks of a `ContextParallel` exchange for a call; backward without a gradient of the log-sum-exp."""
+
+    strategy: str
+    rank: int
+    world: int
+    bytes_forward: int
+    """Bytes that this rank sends."""
+    bytes_backward: int
+    messages_forward: int
+    messages_backward: int
+    receive_bytes: int
+    """Largest receive buffers of a rank at one time, forward."""
+    busiest_pairs: int
+    """Most (query, key) pairs of a rank."""
+    seconds: tuple[tuple[str, float, float], ...]
+    """(strategy, forward, backward) by the model of `cost.Rates`, the fastest first."""
+    passed: tuple[tuple[str, str], ...]
+    """(strategy, reason) for each that "auto" passed over."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = [
+            f"ranks    {self.strategy}, rank {self.rank} of {self.world}",
+            f"sent     forward {_mib(self.bytes_forward)} in {self.messages_forward} messages, backward "
+            f"{_mib(self.bytes_backward)} in {self.messages_backward}; receive buffers {_mib(self.receive_bytes)}",
+        ]
+        for name, forward, backward in self.seconds:
+            found.append(f"         {name}: {1e3 * forward:,.3f} ms forward, {1e3 * backward:,.3f} ms backward (model)")
+        return [*found, *(f"         not {name}: {reason}" for name, reason in self.passed)]
 
 
 @dataclass(frozen=True)
@@ -49,6 +84,8 @@ class Explanation:
     """(batch, query row, head) triples."""
     rows_without_branch: int
     """Those that no branch keeps: their out is 0 and their lse -inf."""
+    exchange: Exchange | None = None
+    """What ranks exchange, under ``parallel``; all other numbers are then those of what this rank computes alone."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, for JSON."""
@@ -72,7 +109,7 @@ class Explanation:
             f"peak     forward {_mib(self.peak_bytes_forward)}, backward {_mib(self.peak_bytes_backward)} (predicted)",
             f"coverage {self.rows - self.rows_without_branch:,} of {self.rows:,} (row, head) pairs have a branch",
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(self.exchange.lines() if self.exchange else ())])
 
 
 _TILE_ROWS = 128
@@ -97,6 +134,7 @@ def explain(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    parallel: ContextParallel | None = None,
     **options: Any,
 ) -> Explanation:
     """Say what `dilated_attention` would do with these shapes and options, without doing it.
@@ -106,6 +144,8 @@ def explain(
             tensors of ``dtype`` on ``device`` (default "cpu").
         segment_lengths, dilation_rates, backend: as for `dilated_attention`.
         device, dtype: what to assume where shapes are given; tensors bring their own.
+        parallel: a `ContextParallel`; the shapes are those of this rank's rows, and nothing is sent (but the lengths
+            of rows that a key_padding_mask ends, for padding="zeros").
         **options: every other option of `dilated_attention`.
 
     Returns:
@@ -124,7 +164,12 @@ def explain(
         t if isinstance(t, Tensor) else torch.empty(as_shape(name, t), dtype=dtype, device="meta")
         for name, t in given.items()
     )
-    problem = describe(q, k, v, segment_lengths, dilation_rates, device=device, **options)
+    exchange = None
+    if parallel is None:
+        problem = describe(q, k, v, segment_lengths, dilation_rates, device=device, **options)
+    else:
+        call = parallel.call(checked_arguments(q, k, v, segment_lengths, dilation_rates, **options), backend)
+        problem, exchange = parallel.problem(call, _device(q, device)), _exchange(parallel, call)
     choice = choose(backend, problem)
     shape, plan = problem.shape, problem.plan
     backwards = choose(backend, problem, backward=True)
@@ -149,7 +194,27 @@ def explain(
         peak_bytes_backward=backwards.backend.peak_bytes(problem, backward=True),
         rows=shape.batch * shape.query_rows * shape.heads,
         rows_without_branch=_rows_without_branch(problem),
+        exchange=exchange,
     )
+
+
+def _exchange(parallel: ContextParallel, call: ParallelCall) -> Exchange:
+    """The numbers of this rank."""
+    found, passed = parallel.estimates(call)
+    first, rank = found[0], parallel.rank
+    forward, backward = first.forward[rank], first.backward[rank]
+    return Exchange(
+        first.strategy, rank, parallel.world, forward.bytes_sent, backward.bytes_sent, forward.messages,
+        backward.messages, first.receive_bytes, first.pairs,
+        tuple((one.strategy, one.forward_seconds, one.backward_seconds) for one in found), passed,
+    )  # fmt: skip
+
+
+def _device(query: Tensor, device: str | torch.device | None) -> str:
+    """The device that is meant: meta tensors stand for tensors on ``device``."""
+    if device is None:
+        device = "cpu" if query.device.type == "meta" else query.device
+    return str(torch.device(device))
 
 
 def as_shape(name: str, given: object) -> tuple[int, ...]:
@@ -174,9 +239,7 @@ def describe(
 ) -> Problem:
     """The Problem behind arguments of `dilated_attention`; meta tensors stand for tensors on ``device``."""
     arguments = checked_arguments(query, key, value, segment_lengths, dilation_rates, **options)
-    if device is None:
-        device = "cpu" if query.device.type == "meta" else query.device
-    return make_problem(**arguments, device=str(torch.device(device)))
+    return make_problem(**arguments, device=_device(query, device))
 
 
 def _bytes_moved(problem: Problem) -> tuple[int, int]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from .backends.arguments import checked_tensors
 from .backends.dispatch import check_backend
 from .backends.ops import attention_forward
 from .merge import accumulator_dtype
+from .parallel.streaming import Streaming
 from .patterns import DilatedPattern
-from .types import AttentionOutput, HeadOffsets, MixingGrad, Options, Padding
+from .types import AttentionOutput, HeadOffsets, MixingGrad, Padding
 
 if TYPE_CHECKING:
     from .parallel import ContextParallel
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def dilated_attention(
@@ -38,7 +37,7 @@ def dilated_attention(
     padding: Padding = "mask",
     mixing_grad: MixingGrad = "exact",
     backend: str = "auto",
-    parallel: ContextParallel | None = None,
+    parallel: ContextParallel | Streaming | None = None,
 ) -> Tensor:
     """LongNet's dilated attention (arXiv 2307.02486, sections 3.1 to 3.3), as one softmax over all branches.
 
@@ -67,7 +66,8 @@ def dilated_attention(
         mixing_grad: "exact", or "detached": the mixing weights are constants for the gradient, as torchscale does.
         backend: "auto", or the name of one (see `available_backends`); `explain` shows what "auto" picks.
         parallel: a `ContextParallel` of which every rank gives its rows (`ContextParallel.shard`) and gets the result
-            for them; N, cu_seqlens and key_start are those of the whole sequence.
+            for them; N, cu_seqlens and key_start are those of the whole sequence. Or a `Streaming`, which takes and
+            gives tensors in host memory and computes chunk by chunk on its device.
 
     Returns:
         (B, N_q, H, D_v) in the dtype of the query; 0 for a row without any key.
@@ -119,7 +119,7 @@ def dilated_attention_with_lse(
     padding: Padding = "mask",
     mixing_grad: MixingGrad = "exact",
     backend: str = "auto",
-    parallel: ContextParallel | None = None,
+    parallel: ContextParallel | Streaming | None = None,
 ) -> AttentionOutput:
     """`dilated_attention` together with the log-sum-exp that joins it with other partial results.
 
@@ -152,8 +152,12 @@ def dilated_attention_with_lse(
         mixing_grad=mixing_grad,
     )
     check_backend(backend)
+    if isinstance(parallel, Streaming):
+        streamed, streamed_lse = parallel.attend(arguments, backend)
+        return AttentionOutput(streamed, streamed_lse.transpose(1, 2))
     if parallel is not None:
-        return _attend_in_parallel(parallel, arguments, backend)
+        sharded, lse = parallel.attend(arguments, backend)
+        return AttentionOutput(sharded, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     out, lse = attention_forward(**arguments, seed=seed, backend=backend)
     return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
@@ -193,41 +197,6 @@ def received_attention(
     return received[..., 0].transpose(1, 2)
 
 
-def _attend_in_parallel(parallel: ContextParallel, arguments: dict[str, Any], backend: str) -> AttentionOutput:
-    """Over a sharded sequence: raises for what only one device can do before any rank waits for another."""
-    refused = {
-        "dropout_p": arguments["dropout_p"] != 0.0,
-        "key_padding_mask": arguments["key_padding_mask"] is not None,
-        "key_start as a tensor": arguments["key_starts"] is not None,
-        'mixing_grad="detached"': arguments["mixing_grad"] != "exact",
-    }
-    for name, given in refused.items():
-        if given:
-            raise ValueError(
-                f"{name} does not go with parallel=; pack documents with cu_seqlens, or leave parallel out"
-            )
-    query, scale = arguments["query"], arguments["scale"]
-    options = Options(
-        arguments["is_causal"],
-        1 / math.sqrt(query.shape[3]) if scale is None else scale,
-        0.0,
-        arguments["padding"],
-        arguments["mixing_grad"],
-    )
-    pattern = DilatedPattern(arguments["segment_lengths"], arguments["dilation_rates"], arguments["head_offsets"])
-    out, lse = parallel.attend(
-        query,
-        arguments["key"],
-        arguments["value"],
-        pattern,
-        options,
-        cu_seqlens=arguments["cu_seqlens"],
-        key_start=arguments["key_start"],
-        backend=backend,
-    )
-    return AttentionOutput(out, lse.transpose(1, 2))
-
-
 def checked_arguments(
     query: Tensor,
     key: Tensor,
@@ -247,89 +216,26 @@ def checked_arguments(
 ) -> dict[str, Any]:
     """Arguments of the operator from those of the public functions, or the ValueError that says what is wrong."""
     pattern = DilatedPattern(segment_lengths, dilation_rates, head_offsets)  # type: ignore[arg-type]  # makes tuples
-    for name, given in (("query", query), ("key", key), ("value", value)):
-        _check_type(name, given, Tensor)
-    for name, optional in (("key_padding_mask", key_padding_mask), ("cu_seqlens", cu_seqlens)):
-        _check_type(name, optional, (Tensor, type(None)))
-    query, key, value = _autocast(query, key, value)
-    _check_tensors(query, key, value)
-    _check_options(query, is_causal, scale, dropout_p, padding, mixing_grad)
-    _check_rows(query, key, key_padding_mask, cu_seqlens, key_start)
-    per_row = isinstance(key_start, Tensor)
+    found = checked_tensors(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+    )
+    check_choices(padding, mixing_grad)
     return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "key_padding_mask": key_padding_mask,
-        "cu_seqlens": cu_seqlens,
-        "key_starts": key_start if per_row else None,
+        **found,
         "segment_lengths": pattern.segment_lengths,
         "dilation_rates": pattern.dilation_rates,
-        "key_start": 0 if per_row else key_start,
-        "is_causal": is_causal,
-        "scale": scale,
-        "dropout_p": dropout_p,
         "head_offsets": head_offsets,
         "padding": padding,
         "mixing_grad": mixing_grad,
     }
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does for PyTorch's own attention: casts floating tensors but float64."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{name} has layout {tensor.layout}; give a dense tensor")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give (batch, rows, heads, head dim)")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; give float64, float32, bfloat16 or float16")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} on {query.device}; "
-                "give all three one dtype and one device"
-            )
-        if 0 in tensor.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; every size must be at least 1")
-    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit; give "
-            "(B, N_q, H, D), (B, N, H_kv, D) and (B, N, H_kv, D_v)"
-        )
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"query has {query.shape[2]} heads, key has {key.shape[2]}; the query's must be a multiple of the key's"
-        )
-    if query.shape[1] > key.shape[1]:
-        raise ValueError(
-            f"query has {query.shape[1]} rows, key has {key.shape[1]}; query rows are the last rows of the key, "
-            "so there can be no more of them"
-        )
-
-
-def _check_type(name: str, given: object, allowed: type | tuple[type, ...]) -> None:
-    if not isinstance(given, allowed):
-        raise ValueError(f"{name} is of type {type(given).__name__}; give a torch.Tensor")
-
-
-def _check_options(
-    query: Tensor, is_causal: bool, scale: float | None, dropout_p: float, padding: str, mixing_grad: str
-) -> None:
-    if not isinstance(is_causal, bool):
-        raise ValueError(f"is_causal is {is_causal!r}; give True or False")
-    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < 1e38):
-        raise ValueError(f"scale is {scale!r}; give a finite number below 1e38, or None for 1 / sqrt({query.shape[3]})")
-    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
-        raise ValueError(f"dropout_p is {dropout_p!r}; give a probability of at least 0 and below 1")
-    check_choices(padding, mixing_grad)
 
 
 def check_choices(padding: str, mixing_grad: str) -> None:
@@ -340,33 +246,3 @@ def check_choices(padding: str, mixing_grad: str) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
-
-
-def _check_rows(
-    query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, key_start: int | Tensor
-) -> None:
-    batch, rows = key.shape[:2]
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (batch, rows)):
-        raise ValueError(
-            f"key_padding_mask is {mask.dtype} of shape {tuple(mask.shape)}; give bool of shape ({batch}, {rows}), "
-            "True where a key is to be ignored"
-        )
-    if mask is not None and mask.device != query.device and query.device.type != "meta":
-        raise ValueError(f"key_padding_mask is on {mask.device}, query is on {query.device}; move it there")
-    for name, tensor in (("cu_seqlens", cu_seqlens), ("key_start", key_start)):
-        if isinstance(tensor, Tensor) and tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} has dtype {tensor.dtype}; give int64")
-    if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; give (documents + 1,), at least 2")
-        if batch != 1:
-            raise ValueError(f"cu_seqlens packs documents in one row, and the batch has {batch}; give batch 1")
-        if isinstance(key_start, Tensor) or key_start != 0:
-            raise ValueError("cu_seqlens starts every document at position 0; leave key_start at 0")
-    if isinstance(key_start, Tensor):
-        if tuple(key_start.shape) != (batch,):
-            raise ValueError(f"key_start has shape {tuple(key_start.shape)}; give an int or shape ({batch},)")
-    elif isinstance(key_start, int) and not -(2**62) < key_start < 2**62:
-        raise ValueError(f"key_start is {key_start}; give a position between -2**62 and 2**62")
-    elif isinstance(key_start, bool) or not isinstance(key_start, (int, torch.SymInt)):
-        raise ValueError(f"key_start is {key_start!r}; give an int or an int64 tensor of shape ({batch},)")

@@ -7,7 +7,7 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .backends.dispatch import check_backend
 from .functional import check_choices, dilated_attention
 from .patterns import DilatedPattern
+from .sparse import SparseAttention
 from .types import HeadOffsets, MixingGrad, Padding
 
 if TYPE_CHECKING:
-    from .parallel import ContextParallel
+    from .parallel import ContextParallel, Streaming
 
 
 class DilatedAttention(nn.Module):
@@ -78,7 +79,7 @@ class DilatedAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
-        parallel: ContextParallel | None = None,
+        parallel: ContextParallel | Streaming | None = None,
     ) -> Tensor:
         """Query ``(B, Nq, H, D)``, key ``(B, Nk, G, D)``, value ``(B, Nk, G, D_v)`` to ``(B, Nq, H, D_v)``.
 
@@ -220,7 +221,7 @@ class MultiheadDilatedAttention(nn.Module):
         for name, shape in shapes.items():
             weight = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, weight)
-        self.attention = DilatedAttention(
+        self.attention: DilatedAttention | SparseAttention = DilatedAttention(
             segment_lengths,
             dilation_rates,
             dropout=dropout,
@@ -282,7 +283,7 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
-        parallel: ContextParallel | None = None,
+        parallel: ContextParallel | Streaming | None = None,
     ) -> tuple[Tensor, None]:
         """Project, attend, project: query ``(B, Nq, E)`` to ``(out (B, Nq, E), None)``.
 
@@ -339,3 +340,42 @@ class MultiheadDilatedAttention(nn.Module):
         ):
             text += "" if value == default else f", {name}={value}"
         return text
+
+
+class MultiheadSparseAttention(MultiheadDilatedAttention):
+    """Multi-head attention with a block-sparse pattern, in place of :class:`torch.nn.MultiheadAttention`.
+
+    Projections, arguments and state-dict keys are those of :class:`MultiheadDilatedAttention`; what attends is
+    :class:`SparseAttention`.
+
+    Args:
+        embed_dim: width E of the query and of the output.
+        num_heads: query heads H; E must be a multiple.
+        dropout: probability with which an attention weight is dropped, in training mode only.
+        pattern: a block-sparse pattern.
+        backend: as for :func:`sparse_attention`.
+        **options: the other arguments of :class:`MultiheadDilatedAttention` but those of its pattern.
+
+    >>> from dilated_attention_pytorch import LocalWindow
+    >>> attention = MultiheadSparseAttention(64, 4, pattern=LocalWindow(32, block_size=32))
+    >>> x = torch.randn(2, 128, 64)
+    >>> out, weights = attention(x, x, x, is_causal=True)
+    >>> out.shape, weights
+    (torch.Size([2, 128, 64]), None)
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        *,
+        pattern: Any,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        refused = {"segment_lengths", "dilation_rates", "head_offsets", "padding", "mixing_grad"} & options.keys()
+        if refused:
+            raise ValueError(f"{sorted(refused)} are of dilated attention; give the pattern alone")
+        super().__init__(embed_dim, num_heads, dropout, segment_lengths=(1,), dilation_rates=(1,), **options)
+        self.attention = SparseAttention(pattern, dropout=dropout, backend=backend)

@@ -1,6 +1,6 @@
 """What computes a partial result: each backend gives out, lse and gradients of a Problem."""
 
 from .dispatch import BACKENDS, available_backends, choose
-from .problem import Problem
+from .problem import Part, Problem
 
-__all__ = ["BACKENDS", "Problem", "available_backends", "choose"]
+__all__ = ["BACKENDS", "Part", "Problem", "available_backends", "choose"]

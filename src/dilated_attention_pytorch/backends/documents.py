@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -45,7 +46,6 @@ def read_documents(
         if suffix_mask is not None and bool(suffix_mask.any()):
             raise ValueError('padding="zeros" with cu_seqlens takes no key_padding_mask; pack only real tokens')
         return _packed(tuple(cu_seqlens.tolist()), shape.key_rows)
-    starts = [key_start] * shape.batch if key_starts is None else key_starts.tolist()
     masked = [0] * shape.batch
     if suffix_mask is not None:
         masked = suffix_mask.sum(1).tolist()
@@ -55,6 +55,12 @@ def read_documents(
                 f'padding="zeros" needs a key_padding_mask that hides a suffix of each row, and row {row} has an '
                 'unmasked key after a masked one; use padding="mask"'
             )
+    starts = [key_start] * shape.batch if key_starts is None else key_starts.tolist()
+    return documents_of(shape, starts, masked)
+
+
+def documents_of(shape: Shape, starts: Sequence[int], masked: Sequence[int]) -> tuple[Document, ...]:
+    """One document a batch row, from the position of its first row and the rows masked at its end."""
     if len(set(zip(starts, masked, strict=True))) == 1:
         found = [_document(0, shape.batch, shape.key_rows, starts[0], masked[0])]
     else:

@@ -59,6 +59,8 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
         return f"the kernels take at most {_BRANCHES} branches, not {len(pattern.branches)}"
     if problem.has_mask:
         return "the kernels take no key_padding_mask"
+    if problem.part is not None:
+        return "the kernels count heads from 0, not as part of a larger problem"
     if options.dropout_p:
         return "the kernels take no dropout"
     if options.scale <= 0:

@@ -12,6 +12,22 @@ from ..patterns.plan import branch_only, plan
 from ..types import Document, Options, Plan, Shape
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a problem's heads, rows and branches lie in a larger problem: dropout masks count from its first ones."""
+
+    heads: int
+    """Query heads of the larger problem."""
+    head: int
+    ranges: tuple[tuple[int, int], ...]
+    """Rows of the larger problem, in the order in which they lie here."""
+    branch: int = 0
+
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """The row in the larger problem of each row: int64."""
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.ranges])
+
+
 @dataclass(frozen=True)
 class Problem:
     """Pattern, sizes, options and where documents lie; hashable, so that plans and choices are cached by it."""
@@ -25,6 +41,8 @@ class Problem:
     has_mask: bool = False
     fold: bool = True
     """Whether batch and rows are one affine axis of every tensor."""
+    part: Part | None = None
+    """Set where it is part of a larger one and heads or dropout have to know."""
 
     @cached_property
     def plan(self) -> Plan:

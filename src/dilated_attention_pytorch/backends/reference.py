@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..merge import accumulator_dtype, add_zero_keys_, merge_
 from .philox import keep_mask
-from .problem import Problem
+from .problem import Part, Problem
 
 BLOCK = 512
 
@@ -69,6 +69,8 @@ def _blocks(
     shared = all(d.batches == shape.batch for d in problem.documents)
     batches = [slice(0, shape.batch)] if shared else [slice(b, b + 1) for b in range(shape.batch)]
     all_rows = torch.arange(shape.key_rows, device=device)
+    part = problem.part or Part(shape.heads, 0, ((0, shape.key_rows),))
+    whole_rows = part.rows(device)
     first_query = shape.key_rows - shape.query_rows
     for batch in batches:
         position = torch.full((shape.key_rows,), -1, device=device)
@@ -106,8 +108,9 @@ def _blocks(
                     if seed is not None:
                         entries = torch.arange(shape.batch, device=device)[batch]
                         keep = keep_mask(
-                            seed, options.dropout_p, branch=index, batch_heads=entries[:, None] * shape.heads + heads,
-                            query_rows=query_rows, key_rows=key_rows,
+                            seed, options.dropout_p, branch=part.branch + index,
+                            batch_heads=entries[:, None] * part.heads + part.head + heads,
+                            query_rows=whole_rows[query_rows], key_rows=whole_rows[key_rows],
                         )  # fmt: skip
                     kv_heads = heads * shape.kv_heads // shape.heads
                     yield _Block(

@@ -147,6 +147,22 @@ def _carry(
     return query, key, _pad(value, width)
 
 
+def _carry_grad_lse(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> None:
+    """Write the gradient of the lse into the last columns of padded copies of grad_out and out.
+
+    delta = rowsum(dO * O) - dLSE, as columns that meet zeros everywhere else. A power of two keeps what float16
+    cannot hold in range.
+    """
+    width = out.shape[3]
+    first, largest = width - _lse_columns(out.dtype), torch.finfo(out.dtype).max / 4
+    factor = (grad_lse.abs().amax() / largest).clamp(min=1).log2().ceil().exp2()
+    grad_out[..., first:] = factor.to(out.dtype)
+    rest = grad_lse / factor
+    for column in range(first, width):
+        out[..., column] = -rest
+        rest = rest + out[..., column]
+
+
 def _round_up(kernel: Kernel, width: int) -> int:
     return -(-width // kernel.dim_multiple) * kernel.dim_multiple
 
@@ -265,15 +281,7 @@ def backward(
     if problem.options.mixing_grad == "exact":
         out_ = _pad(out, width)
         if grad_lse is not None:
-            # delta = rowsum(dO * O) - dLSE, as columns that meet zeros everywhere else.
-            # A power of two keeps what float16 cannot hold in range.
-            first, largest = width - _lse_columns(query.dtype), torch.finfo(query.dtype).max / 4
-            factor = (grad_lse.abs().amax() / largest).clamp(min=1).log2().ceil().exp2()
-            grad_out_[..., first:] = factor.to(query.dtype)
-            rest = grad_lse / factor
-            for column in range(first, width):
-                out_[..., column] = -rest
-                rest = rest + out_[..., column]
+            _carry_grad_lse(grad_out_, out_, grad_lse)
         parts = [(problem.plan, out_)]
     else:
         # Each branch is differentiated with its own output; the weights exp(branch lse - lse) are constants.

@@ -9,6 +9,7 @@ not affine (grouped key/value heads) falls into runs of its own; the order of he
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -224,4 +225,4 @@ def plan(
 def branch_only(pattern: DilatedPattern, index: int) -> DilatedPattern:
     """The pattern that consists of one branch of ``pattern``."""
     branch: Branch = pattern.branches[index]
-    return DilatedPattern((branch.segment_length,), (branch.dilation_rate,), pattern.head_offsets)
+    return replace(pattern, segment_lengths=(branch.segment_length,), dilation_rates=(branch.dilation_rate,))

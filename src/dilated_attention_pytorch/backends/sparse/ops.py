@@ -1,0 +1,139 @@
+"""The operators of block-sparse attention that PyTorch sees: schemas, fakes, autograd; `dispatch` chooses inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...types import Options, Shape
+from ..documents import read_documents
+from ..ops import _fake_backward, _fake_forward, _register, no_autocast
+from .dispatch import SPARSE_BACKENDS, choose_sparse
+from .problem import SparseProblem, make_problem
+
+
+def sparse_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    lists: Sequence[Tensor],
+    pattern: str,
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> SparseProblem:
+    """Read what the tensors say (shapes, where documents lie) into a problem."""
+    shape = Shape(
+        query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+    )  # fmt: skip
+    documents = read_documents(
+        shape, key_start=key_start, key_starts=key_starts, cu_seqlens=cu_seqlens, suffix_mask=None
+    )  # fmt: skip
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    options = Options(is_causal, scale, dropout_p, "mask", "exact")
+    return make_problem(
+        pattern, lists, shape, options, documents, query.dtype, str(query.device), key_padding_mask is not None
+    )  # fmt: skip
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    seed: Tensor | None,
+    lists: Sequence[Tensor],
+    pattern: str,
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, Nq, H, Dv), lse (B, Nq, H)), both contiguous."""
+    problem = sparse_problem(
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
+        dropout_p,
+    )  # fmt: skip
+    chosen = SPARSE_BACKENDS[choose_sparse(backend, problem)]
+    with torch.cuda.device_of(query), no_autocast(query.device.type):
+        return chosen.forward(
+            query, key, value, problem, mask=key_padding_mask, seed=None if seed is None else int(seed.item())
+        )
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    seed: Tensor | None,
+    lists: Sequence[Tensor],
+    pattern: str,
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    problem = sparse_problem(
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
+        dropout_p,
+    )  # fmt: skip
+    chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)]
+    # A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further.
+    empty = lse == -torch.inf
+    grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty, 0)
+    grad_out = grad_out.masked_fill(empty.unsqueeze(-1), 0)
+    with torch.cuda.device_of(query), no_autocast(query.device.type):
+        return chosen.backward(
+            grad_out, grad_lse, query, key, value, out, lse, problem,
+            mask=key_padding_mask, seed=None if seed is None else int(seed.item()),
+        )  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, lists, ctx.rest = inputs[:7], inputs[7], inputs[8:]
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], *lists)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors  # once: under checkpointing every access recomputes
+    saved, lists = tensors[:9], list(tensors[9:])
+    empty = (None,) * 4, [None] * len(lists), (None,) * len(ctx.rest)
+    if grad_out is None and grad_lse is None:
+        return None, None, None, *empty[0], empty[1], *empty[2]
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[3])
+    grads = sparse_backward(grad_out, grad_lse, *saved, lists, *ctx.rest)
+    return *grads, *empty[0], empty[1], *empty[2]
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("block-sparse attention is differentiable once; its gradients have no derivative")
+
+
+sparse_forward = _register("sparse_forward", _forward, _fake_forward)
+sparse_backward = _register("sparse_backward", _backward, _fake_backward)
+torch.library.register_autograd("dilated_attention_pytorch::sparse_backward", _refuse)
+torch.library.register_autograd(
+    "dilated_attention_pytorch::sparse_forward", _differentiate, setup_context=_setup_context
+)  # fmt: skip

@@ -1,0 +1,56 @@
+"""One call of block-sparse attention with everything but the tensors' values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...patterns import DilatedPattern
+from ...patterns.blocks import BlockPattern, BlockPlan, block_plan
+from ...patterns.codes import decode
+from ...patterns.union import bind
+from ...types import Document, Options, Shape
+from ..problem import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class SparseProblem:
+    """Pattern, sizes, options and where documents lie."""
+
+    pattern: BlockPattern
+    shape: Shape
+    options: Options
+    documents: tuple[Document, ...]
+    dtype: torch.dtype
+    device: str
+    has_mask: bool = False
+
+    @cached_property
+    def plan(self) -> BlockPlan:
+        """The lists of key blocks of this problem, on its device."""
+        return block_plan(
+            self.pattern, self.shape, self.documents, is_causal=self.options.is_causal, device=self.device
+        )
+
+    @cached_property
+    def carrier(self) -> Problem:
+        """The same tensors under some dilated pattern: what helpers that look at no pattern take."""
+        lone = DilatedPattern((1,), (1,))
+        return Problem(lone, self.shape, self.options, self.documents, self.dtype, self.device, self.has_mask)
+
+
+@lru_cache(maxsize=32)
+def _cached(code: str, *rest: Any) -> SparseProblem:
+    return SparseProblem(decode(code), *rest)
+
+
+def make_problem(code: str, tensors: Sequence[Tensor], *rest: Any) -> SparseProblem:
+    """The problem of a pattern's code and tensors; one for equal calls, so that lists are made once."""
+    if not tensors:
+        return _cached(code, *rest)
+    return SparseProblem(bind(decode(code), tensors), *rest)

@@ -1,0 +1,107 @@
+"""The operator that lets `ContentTopK` select key blocks: summaries of all of them, then the best for each query."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...merge import accumulator_dtype
+from ...patterns.blocks import Tiles, tiles_of
+from ...patterns.codes import decode
+from ...patterns.content import ContentTopK
+from ...types import Shape
+from ..documents import read_documents
+from ..ops import _register, no_autocast
+from .tiled import layout
+
+_SCORES = 1 << 23
+"""Scores that exist at a time."""
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    pattern: str,
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """(B, H, Nq, keep) int32: blocks that every query row selects, -1 for none."""
+    content: ContentTopK = decode(pattern)
+    batch, rows, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    shape = Shape(batch, rows, key.shape[1], heads, kv_heads, dim, dim)
+    documents = read_documents(
+        shape, key_start=key_start, key_starts=key_starts, cu_seqlens=cu_seqlens, suffix_mask=None
+    )  # fmt: skip
+    tiles = tiles_of(shape, documents, content.block_size, is_causal=is_causal, device=query.device)
+    found = torch.full((batch, heads, rows, content.keep), -1, dtype=torch.int32, device=query.device)
+    if len(tiles.queries.block):
+        with no_autocast(query.device.type):
+            _fill(found, content, query, key, key_padding_mask, tiles, shape, scale)
+    return found
+
+
+def _fill(
+    found: Tensor,
+    content: ContentTopK,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    tiles: Tiles,
+    shape: Shape,
+    scale: float | None,
+) -> None:
+    """Write the selection of every tile into ``found``, a few tiles at a time."""
+    size, blocks, acc = content.block_size, tiles.queries, accumulator_dtype(query.dtype)
+    scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
+    own, other = layout(blocks.tiles, size, shape.query_rows), layout(tiles.keys, size, shape.key_rows)
+    exists = other.exists
+    if mask is not None:
+        exists = exists & ~other.tiled(mask[:, :, None, None])[0, ..., 0]
+    summaries = content.summaries(other.tiled(key).to(acc), exists)  # (G, S, parts, D)
+    queries = own.tiled(query)  # (H, T, b, D)
+    shift = tiles.first_tile - tiles.first_block  # block -> key tile
+    low, high = content.candidates(blocks)
+    low, high = torch.maximum(low, tiles.first_block) + shift, high + shift
+    filled = exists.any(1)
+    per_tile = 1 if not blocks.is_causal else size
+    group = shape.heads // shape.kv_heads
+    step = max(1, _SCORES // (shape.heads * per_tile * len(tiles.keys)))
+    for begin in range(0, len(blocks.block), step):
+        here = slice(begin, begin + step)
+        first, last = int(low[here].min()), max(int(high[here].max()), int(low[here].min()) + 1)
+        columns = torch.arange(first, min(last, len(filled)), device=query.device)
+        if not len(columns):
+            continue
+        allowed = (columns >= low[here, None]) & (columns < high[here, None]) & filled[columns]
+        if not blocks.is_causal:
+            distance = columns - (blocks.block + shift)[here, None]
+            allowed &= distance.abs() > content.always_local
+        q = queries[:, here].to(acc)  # (H, t, b, D)
+        if not blocks.is_causal:
+            number = own.exists[here].sum(1).clamp(min=1)[:, None, None]
+            q = q.sum(2, keepdim=True) / number
+        q = q.unflatten(0, (shape.kv_heads, group)).flatten(2, 3)  # (G, group, t * rows, D)
+        known = summaries[:, None, first : first + len(columns)]
+        mine = content.select(q, known, allowed.repeat_interleave(per_tile, 0), scale)
+        mine = mine.flatten(0, 1).unflatten(1, (-1, per_tile))  # (H, t, rows, keep)
+        block = torch.where(mine >= 0, mine + (first - shift[here])[None, :, None, None], -1).int()
+        block = block.expand(-1, -1, size, -1)
+        places = own.rows[here][own.exists[here]]
+        batch, row = places // shape.query_rows, places % shape.query_rows
+        found[batch, :, row] = block.transpose(0, 1).transpose(1, 2)[own.exists[here]]
+
+
+def _fake_select(query: Tensor, key: Tensor, mask: Any, cu: Any, starts: Any, pattern: str, *_: Any) -> Tensor:
+    batch, rows, heads = query.shape[:3]
+    return query.new_empty(batch, heads, rows, decode(pattern).keep, dtype=torch.int32)
+
+
+sparse_select = _register("sparse_select", _select, _fake_select)

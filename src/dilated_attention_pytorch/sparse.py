@@ -1,0 +1,297 @@
+"""The public functions of block-sparse attention: check what was given, hand the rest to the operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends.arguments import checked_tensors
+from .backends.ops import attention_forward
+from .backends.sparse.dispatch import check_sparse_backend
+from .backends.sparse.ops import sparse_forward
+from .backends.sparse.selection import sparse_select
+from .patterns import ContentTopK, DilatedPattern, Union
+from .patterns.union import members_of
+from .types import AttentionOutput
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Any,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: int | Tensor = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over the blocks of keys that a pattern lists for each block of queries, as one softmax.
+
+    Block j of a document holds its positions ``[j * block_size, (j + 1) * block_size)``, whatever rows they lie in.
+    A query attends to every key of the blocks that its own block lists; with ``is_causal`` to those of them that are
+    not after it.
+
+    Args:
+        query: (B, N_q, H, D), float64, float32, bfloat16 or float16. With N_q < N the rows are the last N_q rows.
+        key: (B, N, H_kv, D); H must be a multiple of H_kv (grouped-query attention).
+        value: (B, N, H_kv, D_v).
+        pattern: `LocalWindow`, `GlobalLocal`, `DilatedBlocks`, `Hierarchical`, `RandomBlocks`, `BlockList`,
+            `ContentTopK`, or a `Union` of them.
+        is_causal: a row attends to rows at or before its own.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        dropout_p: probability with which each attended pair is dropped, drawn from the default generator of the
+            device. The log-sum-exp is that without dropout.
+        key_padding_mask: (B, N) bool, True = ignore this key, as in nn.MultiheadAttention.
+        cu_seqlens: (documents + 1,) int32 or int64, for B = 1: rows cu_seqlens[i] to cu_seqlens[i + 1] are document
+            i; positions and blocks start anew in each.
+        key_start: position of key row 0 in its document, an int or (B,) int64, as for `dilated_attention`.
+        backend: "auto", "sdpa", "triton" or "reference".
+
+    Returns:
+        (B, N_q, H, D_v) in the dtype of the query; 0 for a row without any key.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, or a backend that cannot compute them.
+
+    Under torch.autocast the inputs are cast to its dtype. Differentiable once. Deterministic on the CPU.
+
+    >>> import torch
+    >>> from dilated_attention_pytorch import LocalWindow, sparse_attention
+    >>> query = key = value = torch.randn(1, 100, 4, 16)
+    >>> sparse_attention(query, key, value, LocalWindow(32, block_size=16), is_causal=True).shape
+    torch.Size([1, 100, 4, 16])
+    """
+    return sparse_attention_with_lse(
+        query,
+        key,
+        value,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+        backend=backend,
+    ).out
+
+
+def sparse_attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Any,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: int | Tensor = 0,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """`sparse_attention` together with the log-sum-exp that joins it with other partial results.
+
+    Arguments and errors as for `sparse_attention`.
+
+    Returns:
+        AttentionOutput(out (B, N_q, H, D_v), lse (B, H, N_q)): lse is the natural logarithm of the softmax
+        denominator, float32 (float64 for float64 inputs), -inf for a row without any key. Both are differentiable.
+
+    >>> import torch
+    >>> from dilated_attention_pytorch import LocalWindow, sparse_attention_with_lse
+    >>> x = torch.zeros(1, 48, 1, 16)
+    >>> sparse_attention_with_lse(x, x, x, LocalWindow(0, block_size=16)).lse.exp().round().unique()
+    tensor([16.])
+    """
+    _check_pattern(pattern)
+    check_sparse_backend(backend)
+    arguments = checked_tensors(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+    )
+    if isinstance(pattern, Union) and pattern.multiplicity:
+        return _joined([_attend(arguments, member, backend) for member in pattern.patterns])
+    return _attend(arguments, pattern, backend)
+
+
+def _check_pattern(pattern: Any) -> None:
+    if isinstance(pattern, DilatedPattern):
+        raise ValueError("pattern is a DilatedPattern; call dilated_attention, or put it in a Union with others")
+    if not hasattr(pattern, "entries"):
+        raise ValueError(f"pattern is {pattern!r}; give a block-sparse pattern such as LocalWindow(1024)")
+
+
+def _attend(arguments: dict[str, Any], pattern: Any, backend: str) -> AttentionOutput:
+    """One pattern, through its operator."""
+    seed = None
+    if arguments["dropout_p"]:  # every member of a union draws its own
+        seed = torch.randint(2**62, (1,), device=arguments["query"].device)
+    if isinstance(pattern, DilatedPattern):
+        out, lse = attention_forward(
+            **arguments,
+            seed=seed,
+            segment_lengths=pattern.segment_lengths,
+            dilation_rates=pattern.dilation_rates,
+            head_offsets=pattern.head_offsets,
+            padding="mask",
+            mixing_grad="exact",
+            backend=backend,
+        )
+    else:
+        lists = pattern_tensors(**_selecting(arguments), pattern=pattern)
+        out, lse = sparse_forward(**arguments, seed=seed, lists=lists, pattern=pattern.code, backend=backend)
+    return AttentionOutput(out, lse.transpose(1, 2))
+
+
+def _selecting(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a choice of blocks depends on."""
+    names = ("query", "key", "key_padding_mask", "cu_seqlens", "key_starts", "key_start", "is_causal", "scale")
+    return {name: arguments[name] for name in names}
+
+
+def pattern_tensors(
+    query: Tensor,
+    key: Tensor,
+    pattern: Any,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    key_start: int = 0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> list[Tensor]:
+    """Tensors that go with a pattern's code: explicit lists, and what the content of query and key selects."""
+    lists: list[Tensor] = []
+    for member in members_of(pattern):
+        if isinstance(member, ContentTopK):
+            selected = sparse_select(
+                query.detach(),
+                key.detach(),
+                key_padding_mask,
+                cu_seqlens,
+                key_starts,
+                member.code,
+                key_start,
+                is_causal,
+                scale,
+            )
+            lists.append(selected)
+        else:
+            lists += getattr(member, "tensors", ())
+    return lists
+
+
+def _joined(parts: list[AttentionOutput]) -> AttentionOutput:
+    """Partial results over the parts of a multiset of keys as one; differentiable, unlike `merge`."""
+    lses = torch.stack([part.lse for part in parts])
+    largest = lses.detach().amax(0)
+    shift = largest.masked_fill(largest == -torch.inf, 0.0)
+    weights = (lses - shift).exp()
+    total = weights.sum(0)
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    lse = (safe.log() + shift).masked_fill(empty, -torch.inf)
+    shares = (weights / safe).transpose(2, 3).unsqueeze(-1)  # (parts, B, N, H, 1)
+    out = sum(share * part.out.to(share.dtype) for share, part in zip(shares, parts, strict=True))
+    assert isinstance(out, Tensor)
+    return AttentionOutput(out.to(parts[0].out.dtype), lse)
+
+
+class SparseAttention(nn.Module):
+    """:func:`sparse_attention` with its pattern and options stored; it has no parameters.
+
+    Args:
+        pattern: a block-sparse pattern.
+        is_causal: whether a query attends only to keys at or before it; the call can override it.
+        scale: factor on the scores, by default ``1 / sqrt(D)``.
+        dropout: probability with which an attention weight is dropped, in training mode only.
+        backend: as for :func:`sparse_attention`.
+
+    Raises:
+        ValueError: a pattern or an option that is not allowed; the message says what is.
+
+    >>> from dilated_attention_pytorch import LocalWindow, SparseAttention
+    >>> attention = SparseAttention(LocalWindow(64, block_size=64), is_causal=True)
+    >>> query = key = value = torch.randn(2, 256, 8, 16)
+    >>> attention(query, key, value).shape
+    torch.Size([2, 256, 8, 16])
+    """
+
+    def __init__(
+        self,
+        pattern: Any,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout!r}; give a probability of at least 0 and below 1")
+        _check_pattern(pattern)
+        check_sparse_backend(backend)
+        self.pattern = pattern
+        self.is_causal = is_causal
+        self.scale = scale
+        self.dropout = dropout
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_start: int | Tensor = 0,
+        parallel: None = None,
+    ) -> Tensor:
+        """Query ``(B, Nq, H, D)``, key ``(B, Nk, G, D)``, value ``(B, Nk, G, D_v)`` to ``(B, Nq, H, D_v)``.
+
+        ``is_causal`` None takes the value given at construction; ``parallel`` must be None. The others, and what
+        raises, as for :func:`sparse_attention`.
+        """
+        if parallel is not None:
+            raise ValueError("parallel is given, and block-sparse attention runs on one device; leave it out")
+        return sparse_attention(
+            query,
+            key,
+            value,
+            self.pattern,
+            is_causal=self.is_causal if is_causal is None else is_causal,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            key_start=key_start,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Pattern, and the options that differ from their defaults."""
+        options = {
+            "is_causal": (self.is_causal, False),
+            "scale": (self.scale, None),
+            "dropout": (self.dropout, 0.0),
+            "backend": (self.backend, "auto"),
+        }
+        parts = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([repr(self.pattern), *parts])
