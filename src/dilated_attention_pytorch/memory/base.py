@@ -1,4 +1,4 @@
-"""The protocol of a memory pool: leases of tensors over buffers that the pool keeps."""
+"""The protocol of a memory pool: leases of tensors over memory that the pool keeps."""
 
 from __future__ import annotations
 
@@ -11,35 +11,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .stats import PoolStats
+
+RETURNED_BEFORE = "the lease was returned before; return it once"
+
 
 class LeaseError(RuntimeError):
     """A lease was returned twice, or its tensor asked for after its return."""
 
 
 class MemoryBudgetExceeded(RuntimeError):
-    """A pool cannot hold another buffer within its budget, not even after trimming."""
+    """A pool cannot hold what was asked for within its budget, not even after trimming."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """What a pool holds and has done, in bytes and counts."""
+class LeakedLeaseWarning(UserWarning):
+    """A pool was closed while leases were out."""
 
-    held: int
-    """Bytes of all buffers, leased or idle."""
-    leased: int
-    """Bytes of the buffers that are leased now."""
-    peak: int
-    """Most bytes ever held."""
-    requests: int
-    hits: int
-    """Requests that an idle buffer served."""
-    trims: int
-    """Idle buffers that were given up."""
 
-    @property
-    def misses(self) -> int:
-        """Requests that took a new buffer."""
-        return self.requests - self.hits
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """A lease that was out when its pool was closed."""
+
+    bytes: int
+    device: str
+    taken_at: str | None
+    """The stack of the call to `acquire`, of a pool with ``debug=True``."""
 
 
 class Lease:
@@ -47,6 +43,8 @@ class Lease:
 
     The pool may hand its memory to somebody else from then on, so views of the tensor must not outlive it.
     """
+
+    __slots__ = ("_give_back", "_tensor")
 
     def __init__(self, tensor: Tensor, give_back: Callable[[], None]) -> None:
         self._tensor: Tensor | None = tensor
@@ -67,10 +65,10 @@ class Lease:
         """Return the tensor to its pool.
 
         Raises:
-            LeaseError: the second time.
+            LeaseError: the second time, from whichever thread.
         """
         if self._tensor is None:
-            raise LeaseError("the lease was returned before; return it once")
+            raise LeaseError(RETURNED_BEFORE)
         self._tensor = None
         self._give_back()
 
@@ -94,15 +92,23 @@ class MemoryPool(Protocol):
         device: torch.device | str,
         *,
         stream: torch.cuda.Stream | None = None,
-    ) -> Lease: ...
+    ) -> Lease:
+        """Lease a contiguous tensor of undefined content, to be used on ``stream``."""
 
-    def stats(self) -> PoolStats: ...
+    def stats(self) -> PoolStats:
+        """What the pool holds and has done."""
 
-    def trim(self, to_bytes: int = 0) -> int: ...
+    def trim(self, to_bytes: int = 0) -> int:
+        """Give up idle memory until at most ``to_bytes`` are held; the bytes given up."""
 
-    def close(self) -> None: ...
+    def close(self) -> tuple[Leak, ...]:
+        """Give up idle memory now and leased memory when it comes back; the leases that are out."""
 
 
 def bytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of a contiguous tensor."""
+    """Bytes of a contiguous tensor.
+
+    >>> bytes_of((2, 3), torch.float32)
+    24
+    """
     return math.prod(shape) * dtype.itemsize
