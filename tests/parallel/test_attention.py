@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -46,6 +46,31 @@ CASES = {
         "key_rows": 61, "segment_lengths": (9, 25, 100), "dilation_rates": (1, 3, 5), "dtype": torch.bfloat16,
     },
     "few_rows": {"key_rows": 4, "segment_lengths": (3, 9), "dilation_rates": (1, 2), "batch": 1},
+    "masked": {
+        "key_rows": 45, "segment_lengths": (7, 45), "dilation_rates": (1, 2), "hidden": "random", "is_causal": True,
+    },
+    "masked_rows": {
+        "key_rows": 41, "segment_lengths": (7, 45), "dilation_rates": (2, 3), "hidden": (41, 30), "grad_lse": True,
+    },
+    "masked_zeros": {
+        "key_rows": 47, "segment_lengths": (10, 64), "dilation_rates": (1, 4), "padding": "zeros", "hidden": (5, 33),
+    },
+    "starts": {
+        "key_rows": 44, "segment_lengths": (10, 64), "dilation_rates": (1, 3), "key_start": (-9, 17),
+        "is_causal": True,
+    },
+    "dropout": {"key_rows": 46, "segment_lengths": (9, 64), "dilation_rates": (1, 3), "dropout_p": 0.4},
+    "dropout_grouped": {
+        "key_rows": 46, "segment_lengths": (9, 64), "dilation_rates": (1, 3), "dropout_p": 0.4, "kv_heads": 2,
+        "group": 2, "hidden": "random", "is_causal": True, "dtype": torch.float64,
+    },
+    "detached": {
+        "key_rows": 46, "segment_lengths": (9, 30, 64), "dilation_rates": (1, 3, 2), "mixing_grad": "detached",
+    },
+    "everything": {
+        "key_rows": 46, "segment_lengths": (9, 64), "dilation_rates": (1, 3), "mixing_grad": "detached",
+        "dropout_p": 0.3, "padding": "zeros", "hidden": (9, 20), "key_start": (3, -5), "kv_heads": 1, "group": 4,
+    },
 }  # fmt: skip
 
 
@@ -65,29 +90,67 @@ def assemble(answers, case):
     return whole
 
 
+@cache
+def expected(case):
+    """Results in float64, the bounds for them, and the largest terms of their sums."""
+    torch.default_generator.manual_seed(case.seed)
+    seed = int(torch.randint(2**62, (1,))) if case.dropout_p else None
+    tensors, options = case.tensors(), case.options() | {"seed": seed}
+    exact = [t.double() for t in tensors]
+    gold, eager = (results(partial(oracle, **options), t, grad_lse=case.grad_lse) for t in (exact, tensors))
+    return gold, eager, partial(largest_summands, exact, grad_lse=case.grad_lse, **options)
+
+
 def check(case, answers):
     got = assemble(answers, case)
-    dense = partial(oracle, **case.options())
-    tensors = case.tensors()
-    exact = [t.double() for t in tensors]
-    gold, eager = (results(dense, inputs, grad_lse=case.grad_lse) for inputs in (exact, tensors))
+    gold, eager, summands = expected(case)
     for index, name in enumerate(RESULTS):
         dtype = got[name].dtype
         error, bound = max_error(got[name], gold[name]), error_bound(gold[name], eager[name], dtype)
         if not error <= bound:
-            summand = largest_summands(exact, grad_lse=case.grad_lse, **case.options())[index]
-            bound = error_bound(gold[name], eager[name], dtype, summand=summand)
+            bound = error_bound(gold[name], eager[name], dtype, summand=summands()[index])
         assert error <= bound, f"{name}: {error:.3g} > {bound:.3g}"
-    for _, answer in answers:
+    for rank, (_, answer) in enumerate(answers):
         assert max_error(torch.from_numpy(answer["unsharded"]), got["out"].double()) == 0
+        exchange = answer["exchange"]
+        assert exchange.lines()[0] == f"ranks    {exchange.strategy}, rank {rank} of {len(answers)}"
+        assert answer["forward"] == (exchange.bytes_forward, exchange.messages_forward)
+        if not case.grad_lse:  # whose gradient the formula leaves out
+            backward = exchange.bytes_backward, exchange.messages_backward
+            assert answer["total"] == tuple(map(sum, zip(answer["forward"], backward, strict=True)))
+        assert answer["leased"] == 0
 
 
-@pytest.mark.parametrize("strategy", ["ring", "gather"])
+# (strategy, layout, worlds); random calls draw from all combinations, and the long campaign has every one.
+RUNS = {
+    "ring": (("ring", "contiguous", (1, 4)), ("ring", "zigzag", (3,))),
+    "gather": (("gather", "contiguous", (2,)), ("gather", "zigzag", (4,))),
+    "ulysses": (("ulysses", "contiguous", (3,)), ("ulysses", "zigzag", (4,))),
+    "hybrid": (("hybrid 2x2 ring", "zigzag", (4,)), ("hybrid 2x2 gather", "contiguous", (4,))),
+}
+EVERY = ("ring", "gather", "ulysses", "hybrid 2x2 ring", "hybrid 2x2 gather", "hybrid 1x4 ring", "hybrid 4x1 ring")
+
+
+def case_of(options):
+    return Case(**{"seed": 2, "kv_heads": 4, "batch": 1 if "cuts" in options else 2, **options})
+
+
+@pytest.mark.parametrize("strategy", RUNS)
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_bound_b_and_bytes_of_every_option(pool, options, strategy):
+    case = case_of(options)
+    for name, layout, worlds in RUNS[strategy]:
+        for world in worlds:
+            check(case, pool.run("attend", world, case, name, layout))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", EVERY)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_bound_b_of_every_option(pool, options, layout, strategy):
-    case = Case(**{"seed": 2, "kv_heads": 4, "batch": 1 if "cuts" in options else 2, **options})
-    for world in (1, 2, 3, 4):
+def test_bound_b_everywhere(pool, options, layout, strategy):
+    case = case_of(options)
+    for world in (4,) if strategy.startswith("hybrid") else (1, 2, 3, 4):
         check(case, pool.run("attend", world, case, strategy, layout))
 
 
@@ -139,17 +202,22 @@ def test_ranks_that_were_asked_for_different_things_all_say_so(pool):
     check(case, pool.run("attend", 3, case, "ring", "contiguous"))
 
 
-def test_what_does_not_go_with_parallel_is_refused_at_once(pool):
+def refused(pool, case, word, *, strategy="ring", backend="auto"):
+    for status, answer in pool.run("attend", 4, case, strategy, "contiguous", backend):
+        assert status == "raised"
+        assert word in answer
+
+
+def test_what_does_not_go_with_parallel_is_refused_before_anything_is_sent(pool):
     case = Case(seed=1, key_rows=40, segment_lengths=(16, 64), dilation_rates=(1, 2), kv_heads=4)
-    for options, word in (
-        ({"dropout_p": 0.1}, "dropout_p"),
-        ({"hidden": "random"}, "key_padding_mask"),
-        ({"mixing_grad": "detached"}, "mixing_grad"),
-        ({"key_rows": 2}, "2 rows for 4 ranks"),
-    ):
-        for status, answer in pool.run("attend", 4, replace(case, **options), "ring", "contiguous"):
-            assert status == "raised"
-            assert word in answer
+    refused(pool, replace(case, key_rows=2), "2 rows for 4 ranks")
+    refused(pool, replace(case, kv_heads=3), "3 query heads for 4 ranks", strategy="ulysses")
+    refused(pool, replace(case, kv_heads=2), "2 query heads for 4 ranks", strategy="hybrid 1x4 ring")
+    refused(pool, replace(case, dropout_p=0.1), "backend 'sdpa' cannot compute this", backend="sdpa")
+    refused(pool, replace(case, padding="zeros", hidden="random"), "an unmasked key after a masked one")
+    packed = replace(case, padding="zeros", hidden=(3,), cuts=(20,))
+    refused(pool, packed, "takes no key_padding_mask")
+    check(case, pool.run("attend", 4, case, "ring", "contiguous"))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -162,11 +230,12 @@ def test_a_language_model_computes_the_same_over_ranks(pool, layout, tied):
             assert answer["gradients"] < 1e-10
 
 
-@pytest.mark.parametrize("strategy", ["ring", "gather"])
-def test_receive_buffers_recur_from_the_second_step_on(pool, strategy):
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
+def test_plan_and_receive_buffers_recur_from_the_second_step_on(pool, strategy):
     case = Case(seed=1, key_rows=60, segment_lengths=(16, 60), dilation_rates=(1, 2), kv_heads=4)
     for status, answer in pool.run("repeat", 4, case, strategy):
         assert status == "done", answer
+        assert answer["planned"] == 1
         assert answer["misses"][0] > 0
         assert len(set(answer["misses"][1:])) == 1
         assert answer["leased"] == 0

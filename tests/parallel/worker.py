@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from functools import cache
 from multiprocessing.connection import Client
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -13,20 +15,40 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_attention_pytorch import LongNetLM, LongNetLMConfig, dilated_attention_with_lse
-from dilated_attention_pytorch.parallel import ContextParallel
+from dilated_attention_pytorch import LongNetLM, LongNetLMConfig, dilated_attention_with_lse, explain
+from dilated_attention_pytorch.parallel import ContextParallel, context
 from dilated_attention_pytorch.testing import Case
 
 
-def attend(mesh: DeviceMesh, case: Case, strategy: str, layout: str) -> dict[str, object]:
+@cache
+def two_dimensions(ring: int, heads: int) -> DeviceMesh:
+    """A mesh of all ranks, which all of them have to ask for at the same point."""
+    return DeviceMesh("cpu", torch.arange(ring * heads).view(ring, heads))
+
+
+def make(mesh: DeviceMesh, strategy: str, layout: str) -> ContextParallel:
+    """``strategy`` may say more: "hybrid 2x2 ring" is a mesh of 2 x 2 ranks with a ring across its rows."""
+    if not strategy.startswith("hybrid"):
+        return ContextParallel(mesh, strategy=strategy, layout=layout)
+    name, shape, across = strategy.split()
+    sizes = map(int, shape.split("x"))
+    return ContextParallel(two_dimensions(*sizes), strategy=name, layout=layout, across=across)
+
+
+def attend(mesh: DeviceMesh, case: Case, strategy: str, layout: str, backend: str = "auto") -> dict[str, object]:
     """This rank's rows of out, lse, dq, dk, dv, which rows they are, and what was sent in each direction."""
-    parallel = ContextParallel(mesh, strategy=strategy, layout=layout)
+    parallel = make(mesh, strategy, layout)
     query, key, value, grad_out, grad_lse = case.tensors()
     leaves = [parallel.shard(t, 1).requires_grad_() for t in (query, key, value)]
-    out, lse = dilated_attention_with_lse(*leaves, **case.options(), parallel=parallel)
+    options = case.options() | {"backend": backend}
+    if "key_padding_mask" in options:
+        options["key_padding_mask"] = parallel.shard(options["key_padding_mask"], 1)
+    exchange = explain(*leaves, **options, parallel=parallel).exchange
+    torch.default_generator.manual_seed(case.seed + parallel.rank)  # the seed of dropout is that of rank 0
+    out, lse = dilated_attention_with_lse(*leaves, **options, parallel=parallel)
     forward = parallel.traffic.bytes_sent, parallel.traffic.messages_sent
     outputs, grads = [out], [parallel.shard(grad_out, 1)]
-    if case.grad_lse:
+    if case.grad_lse and lse.requires_grad:
         outputs, grads = [out, lse], [*grads, parallel.shard(grad_lse, 2)]
     gradients = torch.autograd.grad(outputs, leaves, grads)
     found = [t.detach().double().numpy() for t in (out, lse.transpose(1, 2), *gradients)]
@@ -37,6 +59,8 @@ def attend(mesh: DeviceMesh, case: Case, strategy: str, layout: str) -> dict[str
         "unsharded": whole.double().numpy(),
         "forward": forward,
         "total": (parallel.traffic.bytes_sent, parallel.traffic.messages_sent),
+        "exchange": exchange,
+        "leased": parallel.pool.stats().leased,
     }
 
 
@@ -66,13 +90,19 @@ def repeat(mesh: DeviceMesh, case: Case, strategy: str) -> dict[str, object]:
     """How many buffers each of five steps allocated, and what is still on loan."""
     parallel = ContextParallel(mesh, strategy=strategy)
     misses = []
-    for _ in range(5):
-        query, key, value, grad_out, _ = case.tensors()
-        leaves = [parallel.shard(t, 1).requires_grad_() for t in (query, key, value)]
-        out, _ = dilated_attention_with_lse(*leaves, **case.options(), parallel=parallel)
-        torch.autograd.grad(out, leaves, parallel.shard(grad_out, 1))
-        misses.append(parallel.pool.stats().misses)
-    return {"misses": misses, "leased": parallel.pool.stats().leased, "held": parallel.pool.stats().held}
+    with mock.patch.object(context, "make_job", wraps=context.make_job) as planned:
+        for _ in range(5):
+            query, key, value, grad_out, _ = case.tensors()
+            leaves = [parallel.shard(t, 1).requires_grad_() for t in (query, key, value)]
+            out, _ = dilated_attention_with_lse(*leaves, **case.options(), parallel=parallel)
+            torch.autograd.grad(out, leaves, parallel.shard(grad_out, 1))
+            misses.append(parallel.pool.stats().misses)
+    return {
+        "planned": planned.call_count,
+        "misses": misses,
+        "leased": parallel.pool.stats().leased,
+        "held": parallel.pool.stats().held,
+    }
 
 
 TASKS = {"repeat": repeat, "attend": attend, "train": train}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench_parallel import parallel
 from .errors import FAILED, INTERRUPTED, fail, one_line_errors
 from .problem import Batch, Causal, Dtype, HeadDim, Rates, Segments, integers, read_problem
 
@@ -50,6 +51,9 @@ bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode
 @bench.callback()
 def main() -> None:
     """Compare attention over sequence lengths: times, memory, a plot."""
+
+
+bench.command()(parallel)
 
 
 @dataclass

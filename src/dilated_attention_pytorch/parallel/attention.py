@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import Problem, choose
+from ..backends.philox import keep_mask
 from ..memory import MemoryPool
 from ..merge import accumulator_dtype, merge_
 from .comm import Pending, Traffic, exchange
-from .dense import dense_backward, dense_forward
-from .shard import Block, Pairing, Rectangle
+from .dense import Keep
+from .retry import backward_in_parts, forward_in_parts, retrying
+from .rows import Rows, add_home, key_rows, pack, query_rows, unpack
+from .shard import Pairing, Rectangle
 
 
 @dataclass(frozen=True)
@@ -39,144 +43,212 @@ class Job:
     own: Pairing
     """Pairs of different pieces that this very rank holds."""
     rounds: tuple[Round, ...]
+    branches: tuple[Job, ...]
+    """One for each branch, where each is differentiated with its own output and ranks have pairs together."""
     group: dist.ProcessGroup
     traffic: Traffic
     pool: MemoryPool
 
-
-def _rows(tensor: Tensor, rectangle: Rectangle) -> Tensor:
-    """The query rows of a rectangle of a (B, N, H, D) tensor, as (B, heads, rows, D)."""
-    sb, sn, sh, sd = tensor.stride()
-    r = rectangle
-    return tensor.as_strided(
-        (tensor.shape[0], r.heads, r.rows, tensor.shape[3]),
-        (sb, r.row_step * sn + r.head_step * sh, r.rate * sn, sd),
-        tensor.storage_offset() + r.row * sn + r.head * sh,
-    )
-
-
-def _keys(buffer: Tensor, rectangle: Rectangle, batch: int, dim: int) -> Tensor:
-    """The blocks of a rectangle in a buffer of received rows, as (B, heads, keys, D)."""
-    r, wide = rectangle, batch * dim
-    return buffer.as_strided(
-        (batch, r.heads, r.keys, dim),
-        (r.keys * dim, r.start_step * wide, dim, 1),
-        buffer.storage_offset() + r.start * wide,
-    )
-
-
-def _block(tensor: Tensor, block: Block) -> Tensor:
-    """The rows of a block of a (B, N, G, D) tensor, as (B, rows, D)."""
-    return tensor[:, block.row : block.row + block.rate * (block.rows - 1) + 1 : block.rate, block.kv_head]
-
-
-def _pack(pairing: Pairing, key: Tensor, value: Tensor) -> Tensor:
-    """The active rows that a peer needs: all blocks of keys, then all of values, each (B, rows, D)."""
-    parts = [_block(tensor, block).reshape(-1) for tensor in (key, value) for block in pairing.blocks]
-    return torch.cat(parts)
-
-
-def _halves(buffer: Tensor, pairing: Pairing, batch: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a buffer that `_pack` made."""
-    middle = pairing.rows * batch * dim
-    return buffer[:middle], buffer[middle:]
+    @property
+    def joins(self) -> bool:
+        """Whether anything is added to what the rank computes in one call: then that needs an accumulator."""
+        return bool(self.rounds or self.own.blocks)
 
 
 class _Exchanges:
     """Keys and values of the peers, round by round, the next round on its way while one is used."""
 
-    def __init__(self, job: Job, key: Tensor, value: Tensor) -> None:
-        self.job, self.key, self.value = job, key, value
+    def __init__(self, job: Job, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        self.job, self.key, self.value, self.mask = job, key, value, mask
+        self.wide = key.shape[3] + value.shape[3] + (mask is not None)
         self.pending = self._start(0)
 
     def _start(self, number: int) -> Pending | None:
         if number >= len(self.job.rounds):
             return None
-        moved, wide = self.job.rounds[number], (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
-        outgoing = {peer: _pack(pairing, self.key, self.value) for peer, pairing in moved.outgoing.items()}
-        incoming = {peer: pairing.rows * self.key.shape[0] * wide for peer, pairing in moved.incoming.items()}
-        job = self.job
+        job, moved, size = self.job, self.job.rounds[number], self.wide * self.key.element_size()
+        outgoing = {peer: self._pack(pairing) for peer, pairing in moved.outgoing.items()}
+        incoming = {peer: pairing.rows * size for peer, pairing in moved.incoming.items()}
         return exchange(job.group, outgoing, incoming, self.key.device, job.traffic, job.pool)
 
-    def __iter__(self) -> Iterator[list[tuple[int, Pairing, Tensor]]]:
+    def _pack(self, pairing: Pairing) -> Tensor:
+        return pack(pairing, self.key, self.value, self.mask)
+
+    def _unpack(self, buffer: Tensor, pairing: Pairing) -> Rows:
+        return unpack(buffer.view(self.key.dtype), pairing, self.key.shape[3], self.value.shape[3])
+
+    def __iter__(self) -> Iterator[list[tuple[int, Pairing, Rows]]]:
         if self.job.own.blocks:
-            yield [(-1, self.job.own, _pack(self.job.own, self.key, self.value))]
+            yield [(-1, self.job.own, self._unpack(self._pack(self.job.own), self.job.own))]
         for number, moved in enumerate(self.job.rounds):
             arrived = self.pending
             assert arrived is not None
             received = arrived.wait()
             self.pending = self._start(number + 1)
-            yield [(peer, pairing, received[peer].view(self.key.dtype)) for peer, pairing in moved.incoming.items()]
+            yield [(peer, pairing, self._unpack(received[peer], pairing)) for peer, pairing in moved.incoming.items()]
+            del received
             arrived.release()
 
 
+def _keep(job: Job, rectangle: Rectangle, seed: int | None, device: torch.device) -> Keep | None:
+    """Dropout of a rectangle of one head, from the places of its rows in the whole sequence."""
+    part = job.problem.part
+    if seed is None or part is None:
+        return None
+    r, drop, acc = rectangle, job.problem.options.dropout_p, accumulator_dtype(job.problem.dtype)
+    entries = torch.arange(r.batch, r.batch + r.batches, device=device)[:, None]
+    keys = torch.arange(r.keys, device=device) * r.rate + r.whole_key
+
+    def factors(first: int, last: int) -> Tensor:
+        kept = keep_mask(
+            seed, drop, branch=part.branch + r.branch, batch_heads=entries * part.heads + part.head + r.head,
+            query_rows=torch.arange(first, min(last, r.rows), device=device) * r.rate + r.whole_row, key_rows=keys,
+        )  # fmt: skip
+        return kept.to(acc) / (1 - drop)
+
+    return factors
+
+
+def _backend(job: Job, parts: int) -> str:
+    """What computes a rank's own pairs: at a second attempt the reference, a block of rows at a time, unless named."""
+    return "reference" if parts > 1 and job.backend == "auto" else job.backend
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: int | None, job: Job
+) -> tuple[Tensor, Tensor]:
+    """(out, before it is rounded, lse): own pairs while the first rows travel, then rounds of rectangles."""
+    exchanges = _Exchanges(job, key, value, mask)
+    out, lse = retrying(
+        lambda parts: choose(_backend(job, parts), job.problem).backend.forward(
+            query, key, value, job.problem, mask=mask, seed=seed
+        ),
+        job.pool, job.traffic,
+    )  # fmt: skip
+    total = out.to(accumulator_dtype(query.dtype)) if job.joins else out
+    for items in exchanges:
+        for _, pairing, rows in items:
+            for r in pairing.rectangles:
+                compute = partial(
+                    forward_in_parts, query=query_rows(query, r), key=key_rows(rows.key, r, key.shape[3]),
+                    value=key_rows(rows.value, r, value.shape[3]), scale=job.problem.options.scale,
+                    hidden=rows.hidden_keys(r), keep=_keep(job, r, seed, query.device),
+                )  # fmt: skip
+                part, part_lse = retrying(compute, job.pool, job.traffic)
+                del compute
+                merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
+        del items  # views of a buffer that goes back to the pool
+    return total, lse
+
+
 class ShardedAttention(torch.autograd.Function):
-    """(out (B, n, H, Dv), lse (B, n, H)) of this rank's rows."""
+    """(out (B, n, H, Dv), lse (B, n, H)) of this rank's rows; ``mask`` (B, n) hides keys, ``seed`` is dropout's."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        """Own pairs while the first rows travel, then a round of rectangles while the next travel."""
-        exchanges = _Exchanges(job, key, value)
-        out, lse = choose(job.backend, job.problem).backend.forward(query, key, value, job.problem)
-        batch, dim, scale = key.shape[0], key.shape[3], job.problem.options.scale
-        total = out.to(accumulator_dtype(query.dtype))
-        for items in exchanges:
-            for _, pairing, buffer in items:
-                k, v = _halves(buffer, pairing, batch, dim)
-                for r in pairing.rectangles:
-                    k_r, v_r = _keys(k, r, batch, dim), _keys(v, r, batch, value.shape[3])
-                    part, part_lse = dense_forward(_rows(query, r), k_r, v_r, scale)
-                    merge_(_rows(total, r), _rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: int | None, job: Job
+    ) -> tuple[Tensor, Tensor]:
+        """All pairs of this rank's rows."""
+        key, value = _without_masked(mask, key, value)
+        total, lse = _attend(query, key, value, mask, seed, job)
         out = total.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.job = job
+        ctx.save_for_backward(query, key, value, mask, out, lse)
+        ctx.job, ctx.seed = job, seed
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, mask, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
         job: Job = ctx.job
-        exchanges = _Exchanges(job, key, value)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grad_out = grad_out.contiguous()
-        delta = None
+        # A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further.
         if grad_lse is not None:
             grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)
+        if mask is not None:
+            grad_out = grad_out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
+        sums: tuple[Tensor, ...] = ()
+        for alone in job.branches or (job,):
+            part = out
+            if job.branches:  # each with its own output; the weights exp(branch lse - lse) are constants
+                part = _attend(query, key, value, mask, ctx.seed, alone)[0].to(query.dtype)
+            found = _differentiate(query, key, value, mask, part, lse, grad_out, grad_lse, ctx.seed, alone)
             acc = accumulator_dtype(query.dtype)
-            delta = ((grad_out.to(acc) * out.to(acc)).sum(-1) - grad_lse).unsqueeze(-1)
-        chosen = choose(job.backend, job.problem, backward=True, grad_lse=grad_lse is not None)
-        own = chosen.backend.backward(grad_out, grad_lse, query, key, value, out, lse, job.problem)
-        acc = accumulator_dtype(query.dtype)
-        dq, dk, dv = (t.to(acc) for t in own)
-        homeward: list[tuple[Pending, Round]] = []
-        rounds = iter(job.rounds)
-        for items in exchanges:
-            back: dict[int, Tensor] = {}
-            for peer, pairing, buffer in items:
-                back[peer] = _rectangle_gradients(
-                    pairing, buffer, grad_out, delta, query, value, out, lse, dq, job.problem.options.scale
-                )
-            if -1 in back:
-                _add_home(job.own, back[-1], dk, dv)
-                continue
-            moved = next(rounds)
-            wide = (key.shape[3] + value.shape[3]) * dk.element_size() * key.shape[0]
-            expected = {peer: pairing.rows * wide for peer, pairing in moved.outgoing.items()}
-            homeward.append((exchange(job.group, back, expected, key.device, job.traffic, job.pool), moved))
-        for pending, moved in homeward:
-            for peer, buffer in pending.wait().items():
-                _add_home(moved.outgoing[peer], buffer.view(acc), dk, dv)
-            pending.release()
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None
+            sums = tuple(a.to(acc).add_(b) for a, b in zip(sums, found, strict=True)) if sums else found
+        dq, dk, dv = (total.to(query.dtype) for total in sums)
+        return dq, dk, dv, None, None, None
+
+
+def _without_masked(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows that nobody may look at, as zeros: 0 * NaN would leak."""
+    return tensors if mask is None else tuple(t.masked_fill(mask[:, :, None, None], 0) for t in tensors)
+
+
+def _differentiate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    seed: int | None,
+    job: Job,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and dV of all pairs, before they are rounded."""
+    exchanges = _Exchanges(job, key, value, mask)
+    acc, delta = accumulator_dtype(query.dtype), None
+    if grad_lse is not None:
+        delta = ((grad_out.to(acc) * out.to(acc)).sum(-1) - grad_lse).unsqueeze(-1)
+
+    def own_gradients(parts: int) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = choose(_backend(job, parts), job.problem, backward=True, grad_lse=grad_lse is not None)
+        return chosen.backend.backward(
+            grad_out, grad_lse, query, key, value, out, lse, job.problem, mask=mask, seed=seed
+        )  # fmt: skip
+
+    dq, dk, dv = retrying(own_gradients, job.pool, job.traffic)
+    if not job.joins:
+        return dq, dk, dv
+    dq, dk, dv = dq.to(acc), dk.to(acc), dv.to(acc)
+    gradients = partial(_rectangle_gradients, job, grad_out, delta, query, value, out, lse, dq, seed)
+    homeward: tuple[Pending, Round] | None = None
+    rounds = iter(job.rounds)
+    for items in exchanges:
+        back = {peer: gradients(pairing, rows) for peer, pairing, rows in items}
+        del items
+        if -1 in back:
+            add_home(job.own, back[-1], dk, dv)
+            continue
+        moved = next(rounds)
+        size = (key.shape[3] + value.shape[3]) * dk.element_size()
+        expected = {peer: pairing.rows * size for peer, pairing in moved.outgoing.items()}
+        started = exchange(job.group, back, expected, key.device, job.traffic, job.pool)
+        _arrive(homeward, dk, dv)  # one round of gradients under way at a time
+        homeward = started, moved
+    _arrive(homeward, dk, dv)
+    return dq, dk, dv
+
+
+def _arrive(homeward: tuple[Pending, Round] | None, dk: Tensor, dv: Tensor) -> None:
+    """Wait for gradients of rows that were sent away, and add them."""
+    if homeward is None:
+        return
+    pending, moved = homeward
+    received = pending.wait()
+    for peer, pairing in moved.outgoing.items():
+        add_home(pairing, received[peer].view(dk.dtype), dk, dv)
+    del received
+    pending.release()
 
 
 def _rectangle_gradients(
-    pairing: Pairing,
-    buffer: Tensor,
+    job: Job,
     grad_out: Tensor,
     delta: Tensor | None,
     query: Tensor,
@@ -184,34 +256,28 @@ def _rectangle_gradients(
     out: Tensor,
     lse: Tensor,
     dq: Tensor,
-    scale: float,
+    seed: int | None,
+    pairing: Pairing,
+    rows: Rows,
 ) -> Tensor:
     """Add to dQ; returns dK and dV of the received rows, laid out like them, in the accumulators' dtype."""
-    batch, dim, value_dim = query.shape[0], query.shape[3], value.shape[3]
-    k, v = _halves(buffer, pairing, batch, dim)
-    result = torch.zeros(buffer.numel(), dtype=dq.dtype, device=dq.device)
-    dk, dv = _halves(result, pairing, batch, dim)
+    dim, value_dim = query.shape[3], value.shape[3]
+    result = dq.new_zeros(pairing.rows * (dim + value_dim))
+    home = unpack(result, pairing, dim, value_dim)
     for r in pairing.rectangles:
-        lse_r = _rows(lse.unsqueeze(-1), r)[..., 0]
-        delta_r = None if delta is None else _rows(delta, r)[..., 0]
-        dq_r, dk_r, dv_r = dense_backward(
-            _rows(grad_out, r), delta_r, _rows(query, r), _keys(k, r, batch, dim), _keys(v, r, batch, value_dim),
-            _rows(out, r), lse_r, scale,
+        lse_r = query_rows(lse.unsqueeze(-1), r)[..., 0]
+        delta_r = None if delta is None else query_rows(delta, r)[..., 0]
+        compute = partial(
+            backward_in_parts, grad_out=query_rows(grad_out, r), delta=delta_r, query=query_rows(query, r),
+            key=key_rows(rows.key, r, dim), value=key_rows(rows.value, r, value_dim), out=query_rows(out, r), lse=lse_r,
+            scale=job.problem.options.scale, hidden=rows.hidden_keys(r), keep=_keep(job, r, seed, query.device),
         )  # fmt: skip
-        _rows(dq, r).add_(dq_r)
-        for total, part, width in ((dk, dk_r, dim), (dv, dv_r, value_dim)):
+        dq_r, dk_r, dv_r = retrying(compute, job.pool, job.traffic)
+        del compute
+        query_rows(dq, r).add_(dq_r)
+        for total, part, width in ((home.key, dk_r, dim), (home.value, dv_r, value_dim)):
             if r.start_step == 0 and r.heads > 1:  # query heads that share a block: no view is written through twice
-                _keys(total, r, batch, width)[:, :1].add_(part.sum(1, keepdim=True, dtype=total.dtype))
+                key_rows(total, r, width)[:, :1].add_(part.sum(1, keepdim=True, dtype=total.dtype))
             else:
-                _keys(total, r, batch, width).add_(part)
+                key_rows(total, r, width).add_(part)
     return result
-
-
-def _add_home(pairing: Pairing, buffer: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Add the gradients of rows that were sent away to where they belong."""
-    batch = dk.shape[0]
-    for total, part in zip((dk, dv), _halves(buffer, pairing, batch, dk.shape[3]), strict=True):
-        dim = total.shape[3]
-        for block in pairing.blocks:
-            size = block.rows * batch * dim
-            _block(total, block).add_(part[block.start * batch * dim :][:size].view(batch, block.rows, dim))

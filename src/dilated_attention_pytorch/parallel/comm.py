@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..memory import Lease, MemoryPool
+from .errors import is_out_of_memory
+from .watch import Watch, watch_of
 
 
 @dataclass
@@ -17,6 +20,8 @@ class Traffic:
 
     bytes_sent: int = 0
     messages_sent: int = 0
+    retries: int = 0
+    """Computations that ran out of memory and were begun again in smaller parts."""
 
 
 @dataclass
@@ -24,16 +29,20 @@ class Pending:
     """An exchange under way; `wait` gives what each peer sent."""
 
     received: dict[int, Tensor]
-    work: dist.Work | None
+    operation: Operation | None
     sent: Tensor | None
     """Must live until the exchange is over."""
     lease: Lease
 
     def wait(self) -> dict[int, Tensor]:
-        """Block until all has arrived (on a GPU: until the stream may use it)."""
-        if self.work is not None:
-            self.work.wait()
-            self.work, self.sent = None, None
+        """Block until all has arrived (on a GPU: until the stream may use it).
+
+        Raises:
+            PeerFailed: a rank failed; what this rank was to get from it never comes.
+        """
+        if self.operation is not None:
+            self.operation.wait()
+            self.operation, self.sent = None, None
         return self.received
 
     def release(self) -> None:
@@ -54,6 +63,9 @@ def exchange(
 
     Every rank of the group has to call it at the same point, also with nothing to say. Peers are ranks in the group;
     the receive buffer comes from ``pool``, on ``device``, and is the caller's until `Pending.release`.
+
+    Raises:
+        PeerFailed: a rank has failed.
     """
     world = dist.get_world_size(group)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
@@ -61,10 +73,94 @@ def exchange(
     sent, splits = [part.numel() for part in parts], [incoming.get(peer, 0) for peer in range(world)]
     single = [part for part in parts if part.numel()]
     send = single[0] if len(single) == 1 else torch.cat(parts)
-    lease = pool.acquire((sum(splits),), torch.uint8, device)
+    lease = _acquire(pool, sum(splits), device, traffic)
     receive = lease.tensor
-    work = dist.all_to_all_single(receive, send, splits, sent, group=group, async_op=True)
+    operation = Operation(
+        group, device, lambda: dist.all_to_all_single(receive, send, splits, sent, group=group, async_op=True)
+    )
     traffic.bytes_sent += sum(sent)
     traffic.messages_sent += len(single)
     received = dict(zip(range(world), receive.split(splits), strict=True))
-    return Pending({peer: received[peer] for peer in incoming}, work, send, lease)
+    return Pending({peer: received[peer] for peer in incoming}, operation, send, lease)
+
+
+def free_idle(pool: MemoryPool) -> int:
+    """Give idle memory back to the device, the pool's and then PyTorch's; the bytes that the pool gave."""
+    freed = pool.trim()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return freed
+
+
+def _acquire(pool: MemoryPool, size: int, device: torch.device, traffic: Traffic) -> Lease:
+    try:
+        return pool.acquire((size,), torch.uint8, device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_idle(pool)
+    traffic.retries += 1
+    return pool.acquire((size,), torch.uint8, device)
+
+
+class Operation:
+    """A collective operation of a group under way, which ends with `wait`, or with PeerFailed when a rank fails.
+
+    On the CPU the ranks first tell each other where they are, in 32 bytes: gloo ends a process that is sent more than
+    it asked for, so a rank that has skipped an operation has to be found before it takes part in the next one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, launch: Callable[[], dist.Work]) -> None:
+        self.watch, self.device = watch_of(group), device
+        if self.watch is None:
+            self.work = launch()
+            return
+        self.number = self.watch.begin()
+        if device.type == "cpu":
+            self._meet(group, self.watch)
+        self.work = self.watch.launch(launch, self.number)
+
+    def _meet(self, group: dist.ProcessGroup, watch: Watch) -> None:
+        mine = torch.tensor(watch.mark(), dtype=torch.int64)
+        marks = [torch.empty_like(mine) for _ in watch.ranks]
+        work = watch.launch(lambda: dist.all_gather(marks, mine, group=group, async_op=True), self.number)
+        watch.wait(work, self.number, self.device)
+        watch.compare([mark.tolist() for mark in marks])
+
+    def wait(self) -> None:
+        """Wait until it is over (on a GPU: make the stream wait).
+
+        Raises:
+            PeerFailed: a rank failed, and what was to come from it never does.
+        """
+        if self.watch is None:
+            self.work.wait()
+        else:
+            self.watch.wait(self.work, self.number, self.device)
+
+
+def gather(parts: list[Tensor], mine: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill ``parts`` with every rank's ``mine``, all of one shape and dtype.
+
+    Raises:
+        PeerFailed: a rank failed.
+    """
+    Operation(group, mine.device, lambda: dist.all_gather(parts, mine, group=group, async_op=True)).wait()
+
+
+def broadcast(mine: Tensor, group: dist.ProcessGroup) -> None:
+    """Make ``mine`` the tensor of the group's first rank.
+
+    Raises:
+        PeerFailed: a rank failed.
+    """
+    Operation(group, mine.device, lambda: dist.broadcast(mine, group=group, group_src=0, async_op=True)).wait()
+
+
+def add_up(mine: Tensor, group: dist.ProcessGroup) -> None:
+    """Make ``mine`` the sum of all ranks' tensors.
+
+    Raises:
+        PeerFailed: a rank failed.
+    """
+    Operation(group, mine.device, lambda: dist.all_reduce(mine, group=group, async_op=True)).wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from ..backends.vendor import Kernel, find_kernel
 from ..merge import accumulator_dtype
 
 _BLOCK = 1024
+
+Keep = Callable[[int, int], Tensor]
+"""From query row and query row (of the rectangle) to the factors of dropout, 0 or 1 / (1 - p): (B, H, rows, keys)."""
 
 
 def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
@@ -18,18 +23,30 @@ def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
     return found if fits and isinstance(found, Kernel) else None
 
 
-def dense_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of query (B, H, Nq, D) against all of key and value (B, H, Nk, D), as a partial result."""
-    kernel = _kernel(query, value)
+def _scores(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * scale
+    return scores if hidden is None else scores.masked_fill_(hidden.unsqueeze(-2), -torch.inf)
+
+
+def dense_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, hidden: Tensor | None = None, keep: Keep | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of query (B, H, Nq, D) against all of key and value (B, H, Nk, D), as a partial result.
+
+    ``hidden`` (B, H, Nk) bool are keys that nobody may see; ``keep`` drops pairs. Rows that see none give (0, -inf).
+    """
+    kernel = _kernel(query, value) if hidden is None and keep is None else None
     if kernel is not None:
         return kernel.forward(query, key, value, False, scale)
     acc = accumulator_dtype(query.dtype)
     k, v = key.to(acc), value.to(acc)
     outs, lses = [], []
-    for q in query.to(acc).split(_BLOCK, dim=2):
-        scores = q @ k.transpose(-1, -2) * scale
+    for first in range(0, query.shape[2], _BLOCK):
+        q = query[:, :, first : first + _BLOCK].to(acc)
+        scores = _scores(q, k, scale, hidden)
         lses.append(torch.logsumexp(scores, -1))
-        outs.append(torch.exp(scores - lses[-1].unsqueeze(-1)) @ v)
+        p = torch.exp(scores - lses[-1].masked_fill(lses[-1] == -torch.inf, 0).unsqueeze(-1))
+        outs.append((p if keep is None else p * keep(first, first + q.shape[2])) @ v)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
@@ -42,25 +59,34 @@ def dense_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    *,
+    hidden: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients from the final out (B, H, Nq, Dv) and lse (B, H, Nq).
+    """Gradients from the final out (B, H, Nq, Dv) and lse (B, H, Nq); ``hidden`` and ``keep`` as in the forward pass.
 
     ``delta`` is rowsum(dO * O) - dLSE where the log-sum-exp has a gradient, which no vendor kernel takes.
     """
-    kernel = None if delta is not None else _kernel(query, value)
+    kernel = _kernel(query, value) if delta is None and hidden is None and keep is None else None
     if kernel is not None:
         return kernel.backward(grad_out, query, key, value, out, lse, False, scale)
     acc = accumulator_dtype(query.dtype)
     k, v = key.to(acc), value.to(acc)
     if delta is None:
         delta = (grad_out.to(acc) * out.to(acc)).sum(-1)
+    # A row without any key: exp(s - inf) is 0 where exp(s + inf) is not.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     dk, dv, dq = torch.zeros_like(k), torch.zeros_like(v), []
-    for i in range(0, query.shape[2], _BLOCK):
-        part = slice(i, i + _BLOCK)
+    for first in range(0, query.shape[2], _BLOCK):
+        part = slice(first, first + _BLOCK)
         q, g = query[:, :, part].to(acc), grad_out[:, :, part].to(acc)
-        p = torch.exp(q @ k.transpose(-1, -2) * scale - lse[:, :, part].unsqueeze(-1))
-        ds = p * (g @ v.transpose(-1, -2) - delta[:, :, part].unsqueeze(-1)) * scale
-        dv += p.transpose(-1, -2) @ g
+        p = torch.exp(_scores(q, k, scale, hidden) - lse[:, :, part].unsqueeze(-1))
+        dp, dropped = g @ v.transpose(-1, -2), p
+        if keep is not None:
+            factor = keep(first, first + q.shape[2])
+            dp, dropped = dp * factor, p * factor
+        ds = p * (dp - delta[:, :, part].unsqueeze(-1)) * scale
+        dv += dropped.transpose(-1, -2) @ g
         dk += ds.transpose(-1, -2) @ q
         dq.append(ds @ k)
     return torch.cat(dq, 2), dk, dv

@@ -1,0 +1,64 @@
+"""The example over files and the benchmark run, small, and show what they say."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path: str) -> ModuleType:
+    """A script as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_attends_over_files_larger_than_its_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    example = load("examples/attend_over_files.py")
+    arguments = ["--rows", "6000", "--budget-mib", "2", "--folder", str(tmp_path)]
+    assert example.main(arguments) < 1e-5
+    text = capsys.readouterr().out
+    assert "3 files of 2.9 MiB, 2.0 MiB of memory" in text
+    assert int(text.split(": ")[1].split()[0]) > 4  # chunks
+    assert not list(tmp_path.iterdir())
+
+    real = example.dilated_attention  # the check can fail
+    monkeypatch.setattr(example, "dilated_attention", lambda *args, **options: real(*args, **options) * 1.01)
+    assert example.main(arguments) > 1e-4
+
+
+def test_the_benchmark_measures_at_a_small_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = load("benchmarks/streaming.py")
+    given = argparse.Namespace(
+        device="cpu", budget_gib=0.001, rows=4096, heads=4, head_dim=48, pattern="far", segments="64,256,8192",
+        rates="1,4,64", backward=False, pageable=True, repeats=1, sampled=30, resident_rows=2048,
+    )  # fmt: skip
+    found = benchmark.measure(given)
+    assert found["qkv_bytes"] == 3 * 4096 * 4 * 48 * 2
+    assert found["qkv_bytes"] >= 4 * found["budget_bytes"]
+    assert found["chunks"] > 1
+    assert found["bytes_in"] >= found["qkv_bytes"]
+    assert found["sampled"]["rows"] == 30
+    assert 0 < found["sampled"]["worst_error_over_bound"] <= 1
+    assert found["sampled"]["worst_lse_error"] < 1e-3
+    assert found["time_over_bound"] == min(found["seconds"]) / max(found["compute_seconds"], found["transfer_seconds"])
+
+    tensors = [torch.randn(1, 100, 2, 8).bfloat16() for _ in range(3)]
+    pattern = benchmark.DilatedPattern((100,), (1,))
+    wrong = torch.zeros(1, 100, 2, 8).bfloat16(), torch.zeros(1, 2, 100)
+    assert benchmark.worst_row(*tensors, *wrong, pattern, 5)["worst_error_over_bound"] > 2
+    with pytest.raises(SystemExit, match="give more --rows"):
+        benchmark.measure(argparse.Namespace(**{**vars(given), "budget_gib": 1.0}))
