@@ -1,4 +1,4 @@
-"""The command `draw`: the picture read back, and wrong input."""
+"""The command `draw`: pictures read back, what a pattern covers, and wrong input."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from dilated_attention_pytorch import DilatedPattern
 from dilated_attention_pytorch.cli import app
 from dilated_attention_pytorch.cli.draw import perimeters
+from dilated_attention_pytorch.cli.pattern_picture import attended, coverage
 from dilated_attention_pytorch.ordering import hilbert_order, raster_order
 
 
@@ -56,6 +58,16 @@ def test_perimeters():
         (("--segment-length", "0"), "--segment-length is 0; give at least 1"),
         (("--order", "peano"), "'peano'"),
         (("--output", "picture.jpg"), "ends in .png"),
+        (("--segment-lengths", "4"), "--dilation-rates is missing"),
+        (("--dilation-rates", "4"), "--segment-lengths is missing"),
+        (("--segment-lengths", "4,x", "--dilation-rates", "1,2"), "--segment-lengths is '4,x'"),
+        (("--segment-lengths", "4", "--dilation-rates", "5"), "dilation rate 5 is larger"),
+        (
+            ("--segment-lengths", "4", "--dilation-rates", "1", "--length", "513"),
+            "--length is 513; a picture has 1 to 512",
+        ),
+        (("--segment-lengths", "4", "--dilation-rates", "1", "--heads", "0"), "--heads is 0; a picture has 1 to 8"),
+        (("--segment-lengths", "4", "--dilation-rates", "1", "--head-offsets", "odd"), "head_offsets is 'odd'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], fragment: str):
@@ -63,3 +75,41 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], fra
     assert result.exit_code == 2
     assert fragment in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
+
+
+PATTERN = ["--segment-lengths", "8,16", "--dilation-rates", "1,2"]
+
+
+def share_of(path: Path, color: tuple[float, float, float]) -> float:
+    """Part of the picture that has a colour."""
+    picture = matplotlib.image.imread(path)[..., :3]
+    return float(np.mean(np.abs(picture - np.array(color)).max(-1) < 0.02))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_picture_shows_each_branch_of_a_pattern(causal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["draw", *PATTERN, "--heads", "2", *(["--causal"] if causal else [])])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    # Two segments of 8 rows: 64 pairs each, 36 causal; one of 16 with 8 active rows; 4 of these 8 in each short one.
+    pairs = (2 * 36, 36) if causal else (128, 64)
+    twice = 2 * 10 if causal else 2 * 16
+    assert lines[0] == f"branch 1: {pairs[0]:.1f} pairs a head"
+    assert lines[1] == f"branch 2: {pairs[1]:.1f} pairs a head"
+    assert lines[2].startswith(f"all: {sum(pairs) - twice:.1f} pairs a head")
+    assert f"{twice:.1f} of them more than once, at most 2 times" in lines[2]
+    assert lines[3] == "wrote pattern.png"
+    shares = [share_of(tmp_path / "pattern.png", color) for color in ((0, 0.447, 0.698), (0.835, 0.369, 0))]
+    assert shares[1] > 0.01
+    assert shares[0] / shares[1] == pytest.approx(pairs[0] / pairs[1], rel=0.15)
+
+
+def test_what_a_pattern_covers():
+    pattern = DilatedPattern((6,), (3,), "interleaved")
+    seen = attended(pattern, rows=6, heads=3, is_causal=False)
+    for head in range(3):
+        rows = [n for n in range(6) if n % 3 == head]
+        assert [tuple(pair) for pair in seen[0, head].nonzero().tolist()] == [(q, k) for q in rows for k in rows]
+    assert "33.3 % of all pairs are attended by some head" in coverage(seen)[-1]
+    assert "11.1 % of the full matrix; 0.0 of them" in coverage(seen)[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.training.evaluate import (
     bits_by_position,
+    context_table,
     curve_positions,
     position_curve,
     token_losses,
+    unseen_corpus,
 )
+from dilated_attention_pytorch.training.sources import find_sources
+from dilated_attention_pytorch.training.windows import held_out_windows
 
 CPU = torch.device("cpu")
 
@@ -118,3 +123,31 @@ def test_a_curve_compares_the_same_bytes():
     # Windows lose 3 and 1 bits at the shorter context: a deviation of sqrt(2), over sqrt(2) windows.
     assert curve.error == pytest.approx((1.0, 0.0))
     assert position_curve([8], [bits[0][:1]]).error == (0.0,)  # a single window has no spread
+
+
+def test_a_table_holds_the_mean_of_the_same_bytes_for_each_context():
+    text = windows(3, 129)
+    text[:, ::3] = 0  # what the loss depends on
+    table = context_table(Counting(), text, [16, 128, 64], device=CPU)
+    assert table.contexts == (16, 64, 128)
+    assert table.edges == (0, 64, 128)
+    for n, context in enumerate(table.contexts):
+        bits = bits_by_position(Counting(), text, context=context if context < 128 else None, device=CPU).double()
+        expected = [float(bits[:, :64].mean()), float(bits[:, 64:].mean())]
+        assert [row[n] for row in table.bits] == pytest.approx(expected, rel=1e-6)
+        assert table.curve.bits[n] == pytest.approx(expected[1], rel=1e-6)
+    assert table.bits[0][1] == pytest.approx(table.bits[0][2])  # where all fits, nothing is restricted
+    assert table.bits[1][0] != pytest.approx(table.bits[1][2], rel=1e-3)
+    assert (table.windows, table.curve.error[-1]) == (3, 0.0)
+    for wrong in ([0], [129]):
+        with pytest.raises(ValueError, match="from 1 to the 128 of a window"):
+            context_table(Counting(), text, wrong, device=CPU)
+
+
+def test_texts_to_measure_on_are_laid_out_as_held_out_ones(tmp_path: Path):
+    for name, text in (("b.txt", b"second"), ("a.txt", b"the first text")):
+        (tmp_path / name).write_bytes(text)
+    corpus = unseen_corpus(find_sources([tmp_path]))
+    assert bytes(corpus.held_out.tolist()) == b"\0the first text\0second"
+    found = held_out_windows(corpus, context_length=6, count=10)
+    assert [bytes(row.tolist()) for row in found] == [b"\0the fi", b"irst te", b"\0second"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from dilated_attention_pytorch.training.evaluate import PositionCurve
-from dilated_attention_pytorch.training.plots import COLORS, plot_loss, plot_position, smooth
+from dilated_attention_pytorch.training.evaluate import ContextTable, PositionCurve
+from dilated_attention_pytorch.training.plots import COLORS, plot_contexts, plot_loss, plot_position, smooth
 
 
 def rows_of(path: Path, color: str) -> np.ndarray:
@@ -43,6 +43,15 @@ def test_the_position_plot_shows_the_curve_and_its_error(tmp_path: Path):
     rows = rows_of(tmp_path / "position.png", COLORS[0])
     assert len(rows) > 200
     assert rows[-50:].mean() > rows[:50].mean() + 100  # it falls
+
+
+def test_the_context_plot_shows_what_less_context_costs(tmp_path: Path):
+    curve = PositionCurve((16, 64, 128), (3.5, 2.8, 2.0), (0.1, 0.05, 0.0))
+    table = ContextTable((16, 64, 128), (0, 64, 128), ((3.6, 3.2, 3.2), (3.5, 2.8, 2.0)), curve, 4, 2.6)
+    plot_contexts(table, tmp_path / "contexts.png", title="Contexts")
+    rows = rows_of(tmp_path / "contexts.png", COLORS[0])  # of the right panel
+    assert len(rows) > 200
+    assert rows[-50:].mean() > rows[:50].mean() + 100
 
 
 def test_smoothing_weighs_the_past_less():

@@ -25,12 +25,19 @@ class CommandEntry(NamedTuple):
 
 COMMANDS: dict[str, CommandEntry] = {
     "train": CommandEntry("train", "Train a byte-level LongNet language model on text."),
+    "generate": CommandEntry("generate", "Continue texts with a trained model."),
+    "evaluate": CommandEntry("evaluate", "Measure what context is worth to a trained model: bits per byte, a plot."),
     "explain": CommandEntry("explain", "Show which calls compute a pattern on given shapes, and what they cost."),
     "verify": CommandEntry("verify", "Check outputs and gradients on this machine against the oracle."),
     "doctor": CommandEntry("doctor", "Report versions, devices, and the backends with a timing of each."),
     "bench": CommandEntry("bench", "Compare attention over sequence lengths: times, memory, a plot."),
     "encode-slide": CommandEntry("encode_slide", "Encode slides, given as features of their tiles, to embeddings."),
-    "draw": CommandEntry("draw", "Draw the order of a grid, and which regions its segments are."),
+    "memory": CommandEntry("memory", "Record, replay and draw what is asked of memory; see who holds it."),
+    "plan": CommandEntry("plan", "Predict time, traffic and memory of attention on many devices."),
+    "draw": CommandEntry("draw", "Draw a pattern of attention, or the order of a grid and its segments."),
+    "convert": CommandEntry("convert", "Convert checkpoints to folders of Hugging Face transformers, and back."),
+    "migrate": CommandEntry("migrate", "Rewrite old imports and calls in your code to the new names."),
+    "graph": CommandEntry("graph", "Show what imports what: in this package, or old names in your code."),
 }
 
 

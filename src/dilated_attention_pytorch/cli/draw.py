@@ -1,4 +1,4 @@
-"""``dilated-attention draw``: an order of a grid as a curve, and its segments as regions."""
+"""``dilated-attention draw``: a pattern as matrices, or an order of a grid as a curve and its segments as regions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import one_line_errors
+from .problem import integers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,27 +36,82 @@ def draw(
     segment_length: Annotated[
         int | None, typer.Option(help="Cells of a segment; by default a sixteenth of the grid.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("order.png"),
+    segment_lengths: Annotated[
+        str | None, typer.Option(help="Draw a pattern instead: segment lengths of its branches, e.g. 16,32,64.")
+    ] = None,
+    dilation_rates: Annotated[str | None, typer.Option(help="One for each segment length, e.g. 1,2,4.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Rows of the pattern; by default the longest segment, or the most that fit.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Heads of the pattern.")] = 4,
+    causal: Annotated[bool, typer.Option("--causal", help="Attend only to rows at or before.")] = False,
+    head_offsets: Annotated[str, typer.Option(help="contiguous (torchscale's), or interleaved (the paper's).")] = (
+        "contiguous"
+    ),
+    output: Annotated[
+        Path | None, typer.Option(help="The PNG to write. By default order.png, or pattern.png of a pattern.")
+    ] = None,
 ) -> None:
-    """Draw the order of a grid: the curve through its cells, and the segments of attention as coloured regions.
+    """Draw a pattern, given its segment lengths: who attends to whom, by branch and head, and how often in all.
 
+    Or draw the order of a grid: the curve through its cells, and the segments of attention as coloured regions.
     Needs matplotlib.
     """
     with one_line_errors():
-        height, width = _shape(shape)
-        length = max(height * width // 16, 1) if segment_length is None else segment_length
-        if length < 1:
-            raise ValueError(f"--segment-length is {length}; give at least 1")
+        one = segment_lengths is not None or dilation_rates is not None
+        output = output or Path("pattern.png" if one else "order.png")
         if output.suffix not in ("", ".png"):
             raise ValueError(f"--output is {str(output)!r}; the picture is a PNG, give a name that ends in .png")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("matplotlib is not installed; run: pip install matplotlib")
-        from ..ordering import GRID_ORDERS
-        from ..training.files import replace_file
+        if one:
+            notes = _draw_pattern(segment_lengths, dilation_rates, length, heads, causal, head_offsets, output)
+        else:
+            notes = _draw_order(order, shape, segment_length, output)
+    for line in (*notes, f"wrote {output}"):
+        typer.echo(line)
 
-        found = GRID_ORDERS[order.value](height, width)
-        replace_file(output, [picture(found, height, width, length, title=order.value.capitalize())])
-    typer.echo(f"wrote {output}")
+
+def _draw_order(order: Order, shape: str, segment_length: int | None, output: Path) -> list[str]:
+    from ..ordering import GRID_ORDERS
+    from ..training.files import replace_file
+
+    height, width = _shape(shape)
+    length = max(height * width // 16, 1) if segment_length is None else segment_length
+    if length < 1:
+        raise ValueError(f"--segment-length is {length}; give at least 1")
+    found = GRID_ORDERS[order.value](height, width)
+    replace_file(output, [picture(found, height, width, length, title=order.value.capitalize())])
+    return []
+
+
+def _draw_pattern(
+    segments: str | None, rates: str | None, length: int | None, heads: int, causal: bool, offsets: str, output: Path
+) -> list[str]:
+    from typing import cast
+
+    from .. import DilatedPattern
+    from ..training.files import replace_file
+    from ..types import HeadOffsets
+    from . import pattern_picture
+
+    if segments is None or rates is None:
+        missing = "--dilation-rates" if rates is None else "--segment-lengths"
+        raise ValueError(f"{missing} is missing; a pattern has a segment length and a dilation rate for each branch")
+    pattern = DilatedPattern(
+        integers("--segment-lengths", segments), integers("--dilation-rates", rates), cast(HeadOffsets, offsets)
+    )
+    rows = min(max(pattern.segment_lengths), pattern_picture.MOST_ROWS) if length is None else length
+    for name, value, most in (
+        ("--length", rows, pattern_picture.MOST_ROWS),
+        ("--heads", heads, pattern_picture.MOST_HEADS),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}; a picture has 1 to {most}")
+    seen = pattern_picture.attended(pattern, rows=rows, heads=heads, is_causal=causal)
+    title = f"{rows:,} rows, {heads} heads{', causal' if causal else ''}, {offsets} offsets"
+    replace_file(output, [pattern_picture.picture(pattern, seen, title=title)])
+    return pattern_picture.coverage(seen)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,12 +66,22 @@ def train(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations on held-out text.")] = None,
     sample_bytes: Annotated[int | None, typer.Option(help="Bytes of text generated at the end; 0 for none.")] = None,
+    context_parallel: Annotated[
+        int | None, typer.Option(help="Under torchrun: ranks that share each sequence, a divisor of their number.")
+    ] = None,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Under torchrun: shard weights and optimizer too.")] = False,
+    peer_timeout: Annotated[
+        float, typer.Option(help="Under torchrun: seconds after which a silent rank counts as failed.")
+    ] = 30.0,
 ) -> None:
     """Train a byte-level LongNet language model on text.
 
     The output folder gets metrics.jsonl, loss.png, position.png (bits per byte by position in the context),
     sample.txt, summary.json and checkpoints/. Ctrl-C saves a checkpoint; --resume continues a run, after a
     kill too, and on the CPU bit for bit.
+
+    Under torchrun, --context-parallel N shards every sequence over N ranks; replicas share the windows of a
+    step. A restart by torchrun --max-restarts goes on from the last complete checkpoint.
 
     Text is any UTF-8 file without NUL bytes. Some files are held out to measure on (of a single file, its
     end).
@@ -89,6 +100,15 @@ def train(
         "sample_bytes": sample_bytes,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if context_parallel is not None or fsdp or "TORCHELASTIC_RUN_ID" in os.environ:
+        from ..training import TeamConfig
+        from .train_team import train_in_team
+
+        config = TeamConfig(
+            context_parallel=1 if context_parallel is None else context_parallel, fsdp=fsdp, timeout=peer_timeout
+        )
+        train_in_team(given, output, resume=resume, device=device, compile_model=compile_model, config=config)
+        return
     with one_line_errors():
         trainer, notes, console = _open(given, output, resume=resume, device=device, compile_model=compile_model)
     hint = f"continue with: dilated-attention train --output {trainer.folder} --resume"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +22,8 @@ from .blocks import (
     make_norm,
 )
 from .config import LongNetLMConfig
+from .generation import Prompts, Sampling, stream_tokens
+from .model_cache import ModelCache
 from .rope import document_positions, rotary_tables
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ class LongNetLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
         parallel: ContextParallel | None = None,
+        cache: ModelCache | None = None,
     ) -> Tensor:
         """Logits ``(B, N, vocab_size)`` of the token that follows each of ``tokens (B, N)`` int64.
 
@@ -101,13 +105,15 @@ class LongNetLM(nn.Module):
                 padding at the left, so that the document behind it is computed as if alone.
             parallel: ``tokens`` are this rank's rows of a sharded sequence (``ContextParallel.shard``), and so are
                 the logits; cu_seqlens and key_start are those of the whole sequence.
+            cache: what the tokens continue (see :meth:`make_cache`), and join. No other argument goes with it.
 
         Raises:
             ValueError: tokens of the wrong shape, dtype or range (the range on the CPU only: elsewhere a look
-                would wait for the device), document arguments that :func:`dilated_attention` refuses, or n-grams or
-                a short convolution over a sharded sequence, which would read rows of the neighbour.
+                would wait for the device), document arguments that :func:`dilated_attention` refuses or that do not
+                go together, or n-grams or a short convolution over a sharded sequence, which would read rows of the
+                neighbour.
         """
-        return self.logits(self.features(tokens, Documents(key_padding_mask, cu_seqlens, key_start, parallel)))
+        return self.logits(self.features(tokens, Documents(key_padding_mask, cu_seqlens, key_start, parallel), cache))
 
     def loss(
         self,
@@ -160,12 +166,106 @@ class LongNetLM(nn.Module):
             return losses.sum()
         return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
 
-    def features(self, tokens: Tensor, documents: Documents) -> Tensor:
+    def make_cache(self, *, key_start: int | Tensor = 0, rollback: int = 0) -> ModelCache:
+        """An empty cache for :meth:`forward`: each call then gives the logits of the tokens that continue the text.
+
+        It holds at most one longest segment of keys and values a layer, so neither memory nor the time of a step
+        grows with the text, and the result is that of one pass over it. Use it in eval mode, without gradients.
+
+        Args:
+            key_start: position of the first token to come, as for :meth:`forward`.
+            rollback: how many of the last tokens ``cache.crop`` can always take back.
+
+        >>> model = LongNetLM(LongNetLMConfig.preset("demo")).eval()
+        >>> tokens, cache = torch.randint(256, (1, 20)), model.make_cache()
+        >>> parts = [model(part, cache=cache) for part in tokens.split([17, 1, 2], dim=1)]
+        >>> torch.allclose(torch.cat(parts, dim=1), model(tokens), atol=1e-4)
+        True
+        """
+        config = self.config
+        return ModelCache(
+            config.segment_lengths,
+            num_layers=config.num_layers,
+            token_rows=max(config.ngram_sizes, default=1) - 1,
+            projected_rows=max(config.short_convolution, 1) - 1,
+            key_start=key_start,
+            rollback=rollback,
+        )
+
+    def stream(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        end_token: int | Sequence[int] | None = None,
+        generator: torch.Generator | int | None = None,
+    ) -> Iterator[Tensor]:
+        """The tokens of :meth:`generate` as they are drawn: int64 ``(B,)`` on the CPU, -1 for a text that has ended.
+
+        The model is in eval mode until the iterator is used up or closed.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        ends = () if end_token is None else (end_token,) if isinstance(end_token, int) else tuple(end_token)
+        return stream_tokens(
+            self, prompts, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, sampling=sampling,
+            end_tokens=ends, generator=generator,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        end_token: int | Sequence[int] | None = None,
+        generator: torch.Generator | int | None = None,
+    ) -> list[Tensor]:
+        """Continue prompts of any lengths: the new tokens of each, int64 ``(at most max_new_tokens,)`` on the CPU.
+
+        Keys and values of past tokens are kept as :meth:`make_cache` says, so a step costs the same after a million
+        tokens. Shorter prompts are padded at the left, and continue as they would alone.
+
+        Args:
+            prompts: token ids, ``(B, N)`` or a list of B sequences or 1-D tensors, none empty.
+            max_new_tokens: most tokens to add to each prompt.
+            min_new_tokens: no end token is drawn before as many.
+            temperature: the logits are divided by it; 0 takes the most probable token (greedy).
+            top_k: draw from so many most probable tokens only.
+            top_p: draw from the fewest most probable tokens that have this probability together.
+            end_token: the token, or one of those, that ends a text; it is not returned.
+            generator: of the model's device, or a seed for one; None: torch's own.
+
+        Raises:
+            ValueError: an empty prompt, token ids out of range, or an option out of range.
+
+        >>> model = LongNetLM(LongNetLMConfig.preset("demo"))
+        >>> [len(text) for text in model.generate([[1, 2, 3], [4]], max_new_tokens=5, temperature=0)]
+        [5, 5]
+        >>> for tokens in model.stream([[1, 2, 3], [4]], max_new_tokens=2, top_p=0.9, generator=0):
+        ...     assert tokens.shape == (2,)
+        """
+        stream = self.stream(
+            prompts, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, end_token=end_token, generator=generator,
+        )  # fmt: skip
+        steps = [torch.full((len(prompts),), -1), *stream]
+        return [row[row >= 0] for row in torch.stack(steps, dim=1)]
+
+    def features(self, tokens: Tensor, documents: Documents, cache: ModelCache | None = None) -> Tensor:
         """The normalised residual stream ``(B, N, embed_dim)`` that the logits are projected from."""
         config, parallel = self.config, documents.parallel
         if parallel is not None and (config.ngram_sizes or config.short_convolution):
             name = "ngram_sizes" if config.ngram_sizes else "short_convolution"
             raise ValueError(f"{name} reads rows that the neighbour rank holds; leave it out of the configuration")
+        if cache is not None:
+            documents = _continued(documents, cache)
         embedded = self._embed(tokens)
         rows = None if parallel is None else parallel.positions(tokens.device)
         positions = document_positions(
@@ -173,19 +273,20 @@ class LongNetLM(nn.Module):
         )
         # Where every batch row is one document from its first row on, there is nothing of another to keep out.
         whole = documents.cu_seqlens is None and isinstance(documents.key_start, int) and documents.key_start >= 0
-        inside = None if whole else positions
+        inside = None if whole and not (cache is not None and cache.padded) else positions
         if self.ngrams is not None:
             terms = 1 + len(config.ngram_sizes)
-            embedded = (embedded + self.ngrams(tokens, inside)) * terms**-0.5
+            recent = None if cache is None else cache.tokens
+            embedded = (embedded + self.ngrams(tokens, inside, recent)) * terms**-0.5
         x = self.dropout(embedded * config.embed_dim**0.5)
         table_dtype = accumulator_dtype(self.embedding.weight.dtype)
         tables = rotary_tables(positions, config.head_dim, base=config.rope_base, dtype=table_dtype)
-        recompute = config.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
+        recompute = config.activation_checkpointing and torch.is_grad_enabled() and cache is None
+        for block, layer in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache.layers, strict=True):
             if recompute:
                 x = checkpoint(block, x, tables, documents, inside, use_reentrant=False)
             else:
-                x = block(x, tables, documents, inside)
+                x = block(x, tables, documents, inside, layer)
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -205,3 +306,14 @@ class LongNetLM(nn.Module):
                 f"tokens has ids from {tokens.min()} to {tokens.max()}; vocab_size is "
                 f"{self.config.vocab_size}, so give 0 to {self.config.vocab_size - 1}"
             ) from error
+
+
+def _continued(documents: Documents, cache: ModelCache) -> Documents:
+    """Where the rows that continue a cache lie; an int key_start where all batch rows agree."""
+    alone = isinstance(documents.key_start, int) and documents == (None, None, 0, None)
+    if not alone:
+        raise ValueError(
+            "cache= goes with no other argument; key_start is given to make_cache, and padding at the left by it"
+        )
+    starts = cache.next_position
+    return Documents(None, None, int(starts[0]) if len(starts.unique()) == 1 else starts)

@@ -2,6 +2,7 @@
 
 from .checkpoint import CheckpointError
 from .config import RunConfig, TrainingConfig
+from .distributed import Team, TeamConfig
 from .loop import Reporter, Trainer
 from .report import Sample, Summary, finish_run
 from .session import parse_device, resume_run, start_run
@@ -13,6 +14,8 @@ __all__ = [
     "RunConfig",
     "Sample",
     "Summary",
+    "Team",
+    "TeamConfig",
     "Trainer",
     "TrainingConfig",
     "finish_run",

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .corpus import SEPARATOR, Corpus, Document
+from .sources import Source, iter_chunks
 
 BITS = 1 / math.log(2)
 """Nats times this are bits."""
@@ -105,3 +109,59 @@ def position_curve(positions: Sequence[int], bits: Sequence[Tensor]) -> Position
     means = torch.stack([values.double().mean(dim=1) for values in bits])
     errors = (means - means[-1]).std(dim=1) / math.sqrt(means.shape[1]) if means.shape[1] > 1 else means[:, 0] * 0
     return PositionCurve(tuple(positions), tuple(means.mean(dim=1).tolist()), tuple(errors.tolist()))
+
+
+def unseen_corpus(sources: Sequence[Source]) -> Corpus:
+    """Texts that a model is measured on, in memory, all held out and laid out as a packed corpus is."""
+    content, documents = bytearray(), []
+    for source in sources:
+        content.append(SEPARATOR)
+        first = len(content)
+        for chunk in iter_chunks(source.path):
+            content += chunk
+        documents.append(Document(source.name, first, len(content) - first, True))
+    return Corpus(torch.frombuffer(content, dtype=torch.uint8), tuple(documents), 0, "")
+
+
+@dataclass(frozen=True)
+class ContextTable:
+    """Bits per byte by position and by how far back the model may look; the same bytes along a row.
+
+    ``bits[i][j]`` is the mean over the bytes with ``edges[i]`` to ``edges[i + 1] - 1`` bytes before them in the window,
+    for a model that sees at most the last ``contexts[j]`` of these (see `bits_by_position`); the last context is the
+    whole window. ``curve`` compares the contexts on the second half of the windows.
+    """
+
+    contexts: tuple[int, ...]
+    edges: tuple[int, ...]
+    bits: tuple[tuple[float, ...], ...]
+    curve: PositionCurve
+    windows: int
+    bits_per_byte: float
+
+
+def context_table(
+    model: nn.Module,
+    windows: Tensor,
+    contexts: Sequence[int],
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> ContextTable:
+    """Measure a model on ``windows (W, N + 1)`` uint8, restricted to each of ``contexts`` and not at all.
+
+    Raises:
+        ValueError: contexts that are not between 1 and N.
+    """
+    length = windows.shape[1] - 1
+    if wrong := [context for context in contexts if not 1 <= context <= length]:
+        raise ValueError(f"contexts has {wrong}; give numbers of bytes from 1 to the {length} of a window")
+    rising = sorted({*contexts, length})
+    bits = [
+        bits_by_position(model, windows, context=None if c == length else c, device=device, autocast=autocast).double()
+        for c in rising
+    ]
+    edges = (0, *curve_positions(length))
+    rows = tuple(tuple(float(part[:, low:high].mean()) for part in bits) for low, high in pairwise(edges))
+    curve = position_curve(rising, [part[:, length // 2 :] for part in bits])
+    return ContextTable(tuple(rising), edges, rows, curve, len(windows), float(bits[-1].mean()))

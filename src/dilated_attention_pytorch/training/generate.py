@@ -1,59 +1,56 @@
-"""Text from a byte-level model, one byte after the other."""
+"""Text from a byte-level model: documents that begin as asked, byte by byte, and safe to show."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from ..models import LongNetLM
 from .corpus import SEPARATOR
 
 
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    prompt: bytes,
-    *,
-    max_bytes: int,
-    context_length: int,
-    temperature: float = 0.8,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> bytes:
-    """Continue ``prompt`` by up to ``max_bytes`` bytes, drawn from the model's distribution.
+def stream_bytes(
+    model: LongNetLM, prompts: Sequence[bytes], *, max_bytes: int, **options: Any
+) -> Iterator[list[bytes]]:
+    """Continue documents that begin with ``prompts``, a byte of each at a time; b"" for one that has ended.
 
-    Each byte takes a forward pass over the last ``context_length`` bytes. Generation ends early at the
-    separator that begins a new document, which is not returned.
+    A document ends at the separator, which begins the next one in training; it is not returned. Any prompt will do,
+    an empty one too.
 
     Args:
-        temperature: the logits are divided by it; 0 takes the most probable byte.
-
-    Raises:
-        ValueError: an empty prompt, or a negative temperature.
+        max_bytes: most bytes to add to each prompt.
+        options: ``temperature``, ``top_k``, ``top_p`` and ``generator``, as for :meth:`LongNetLM.generate`.
     """
-    if not prompt:
-        raise ValueError("prompt is empty; give at least one byte")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature!r}; give a number of at least 0")
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(max_bytes):
-        window = torch.tensor([tokens[-context_length:]], device=device)
-        logits = model(window)[0, -1].double().cpu()
-        if temperature:
-            probabilities = torch.softmax(logits / temperature, dim=0)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        if token == SEPARATOR:
-            break
-        tokens.append(token)
-    model.train(was_training)
-    return bytes(tokens[len(prompt) :])
+    tokens = [[SEPARATOR, *prompt] for prompt in prompts]
+    for step in model.stream(tokens, max_new_tokens=max_bytes, end_token=SEPARATOR, **options):
+        yield [bytes([token]) if token >= 0 else b"" for token in step.tolist()]
+
+
+class PrintableText:
+    """Bytes as text that is safe to show, as they come: malformed UTF-8 and control characters become U+FFFD.
+
+    >>> text = PrintableText()
+    >>> [text.add(part) for part in (b"a", b"\\xc3", b"\\xa9", b"\\r", b"\\n\\x1b")], text.end()
+    (['a', '', 'é', '', '\\n�'], '')
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._carriage_return = False
+
+    def add(self, data: bytes, *, final: bool = False) -> str:
+        """What can be shown now: a character whose bytes are not complete waits, and so does a carriage return."""
+        decoded = "\r" * self._carriage_return + self._decoder.decode(data, final)
+        self._carriage_return = decoded.endswith("\r") and not final
+        decoded = decoded[: len(decoded) - self._carriage_return].replace("\r\n", "\n").replace("\r", "\n")
+        return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in decoded)
+
+    def end(self) -> str:
+        """What was waiting."""
+        return self.add(b"", final=True)
 
 
 def printable(text: bytes) -> str:
-    """Bytes as text that is safe to show: malformed UTF-8 and control characters become U+FFFD."""
-    decoded = text.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in decoded)
+    """All of ``text`` as :class:`PrintableText` shows it."""
+    return PrintableText().add(text, final=True)

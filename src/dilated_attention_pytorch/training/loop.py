@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models import LongNetLM
-from .checkpoint import Checkpoint, CheckpointError, write_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, is_sharded, read_checkpoint, write_checkpoint
 from .config import RunConfig
 from .corpus import Corpus
+from .distributed import ShardedForward, Team, full
+from .distributed_checkpoint import load_sharded, spread, write_sharded
 from .evaluate import BITS, bits_by_position, token_losses
 from .metrics import MetricsLog
 from .optim import learning_rate, make_optimizers
@@ -56,15 +59,23 @@ class Trainer:
         *,
         device: torch.device,
         compile_model: bool = False,
+        team: Team | None = None,
     ) -> None:
-        """Draw the initial weights. ``folder`` takes metrics.jsonl and checkpoints."""
+        """Draw the initial weights. ``folder`` takes metrics.jsonl and checkpoints; ``team`` are the ranks, if many."""
+        self.team = team
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         torch.manual_seed(config.training.seed)
         self.model = LongNetLM(config.model).to(device)
+        if team is not None:
+            team.check_model(self.model)
+            team.prepare(self.model)
+            torch.manual_seed(config.training.seed * 1_000_003 + 1 + team.rank)  # ranks drop different rows
         self.optimizers = make_optimizers(self.model, config.training)
         self._forward: nn.Module = self.model
         if compile_model:
             self._forward = cast(nn.Module, torch.compile(self.model))
+        if team is not None and team.parallel is not None:
+            self._forward = ShardedForward(self.model, team.parallel)
         self.step = 0
         self.seconds = 0.0
         self._resumed = False
@@ -81,8 +92,10 @@ class Trainer:
         """Whether every step has been taken."""
         return self.step >= self.config.training.steps
 
-    def restore(self, checkpoint: Checkpoint) -> list[str]:
+    def restore(self, checkpoint: Checkpoint, folder: Path | None = None) -> list[str]:
         """Continue from ``checkpoint``; returns what may keep the run from being bit-identical.
+
+        With a team, ``folder`` is where the checkpoint lies, and every rank reads its part of it.
 
         Raises:
             CheckpointError: the checkpoint is of another model, or of other text.
@@ -93,9 +106,12 @@ class Trainer:
                 raise CheckpointError(
                     "the text changed since the checkpoint was written; restore it, or start a new run"
                 )
-            load_model_tensors(self.model, tensors[MODEL])
-            load_optimizer_tensors(self.model, self.optimizers, tensors[OPTIMIZER])
-            load_random_tensors(tensors[RANDOM], self.device)
+            if self.team is not None and folder is not None:
+                self._restore_shards(self.team, folder)
+            else:
+                load_model_tensors(self.model, tensors[MODEL])
+                load_optimizer_tensors(self.model, self.optimizers, tensors[OPTIMIZER])
+                load_random_tensors(tensors[RANDOM], self.device)
             self.step, self.seconds = checkpoint.step, float(progress["seconds"])
             self._resumed = True
             before = progress["environment"]
@@ -107,8 +123,19 @@ class Trainer:
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint is not one of this command: {error} is missing") from None
 
+    def _restore_shards(self, team: Team, folder: Path) -> None:
+        if is_sharded(folder):
+            load_sharded(folder, self.model, self.optimizers, team)
+            return
+        tensors = read_checkpoint(folder).tensors  # of one process: every rank reads all and keeps its part
+        load_model_tensors(self.model, spread(tensors[MODEL], self.model.state_dict()))
+        entries = ("exp_avg", "exp_avg_sq", "momentum")
+        like = {f"{name}.{entry}": p for name, p in self.model.named_parameters() for entry in entries}
+        load_optimizer_tensors(self.model, self.optimizers, spread(tensors[OPTIMIZER], like))
+
     def _environment(self) -> dict[str, Any]:
-        return {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
+        found = {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads()}
+        return found if self.team is None else found | {"ranks": self.team.world}
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the steps done."""
@@ -118,17 +145,29 @@ class Trainer:
             "corpus": self.corpus.fingerprint,
             "environment": self._environment(),
         }
+        records = {"run": self.config.to_dict(), "progress": progress}
+        keep, root = self.config.training.keep_checkpoints, self.folder / "checkpoints"
+        if self.team is not None:
+            return write_sharded(root, self.step, records, self.model, self.optimizers, self.team, keep=keep)
         checkpoint = Checkpoint(
             self.step,
-            {"run": self.config.to_dict(), "progress": progress},
+            records,
             {
                 MODEL: self.model.state_dict(),
                 OPTIMIZER: optimizer_tensors(self.model, self.optimizers),
                 RANDOM: random_tensors(self.device),
             },
         )
-        keep = self.config.training.keep_checkpoints
-        return write_checkpoint(self.folder / "checkpoints", checkpoint, keep=keep)
+        return write_checkpoint(root, checkpoint, keep=keep)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """All weights, on the CPU and whole; with a team every rank has to ask."""
+        return {name: full(tensor).detach().cpu() for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes metrics and talks to the user."""
+        return self.team is None or self.team.is_main
 
     def evaluate(self, *, count: int, context: int) -> float:
         """Mean bits per byte over ``count`` of the run's held-out windows, seeing at most ``context`` bytes."""
@@ -144,12 +183,19 @@ class Trainer:
         ``should_stop`` asks to stop after a step.
         """
         training = self.config.training
-        keep = self.step if self._resumed else -1  # what another run left is no part of this one
-        with MetricsLog(self.folder / "metrics.jsonl", keep_until=keep) as log:
+        main, keep = self.is_main, self.step if self._resumed else -1  # what another run left is no part of this one
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(MetricsLog(self.folder / "metrics.jsonl", keep_until=keep)) if main else None
 
             def record(entry: dict[str, Any]) -> None:
-                log.append(entry)
-                reporter.record(entry)
+                if log is not None:
+                    log.append(entry)
+                    reporter.record(entry)
+
+            def save() -> None:
+                if log is not None:
+                    log.sync()
+                self.save()
 
             def evaluate() -> None:
                 # The context that the last step trained: a longer one says nothing about a stage of short windows.
@@ -159,16 +205,15 @@ class Trainer:
 
             if not self._resumed:
                 evaluate()
-                log.sync()
-                self.save()
+                save()
             while not self.done:
-                record(self._train_step())
-                stop = should_stop()
+                with self.team.step(self.step) if self.team else contextlib.nullcontext():
+                    record(self._train_step())
+                stop = self.team.any(should_stop()) if self.team else should_stop()
                 if self.step % training.eval_every == 0 or self.done:
                     evaluate()
                 if self.step % training.checkpoint_every == 0 or self.done or stop:
-                    log.sync()
-                    self.save()
+                    save()
                 if stop:
                     break
         return self.done
@@ -186,11 +231,19 @@ class Trainer:
         ).to(self.device, torch.int64)
         self.model.train()
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            loss = token_losses(self._forward, windows).mean()
+            if self.team is not None:
+                loss = self.team.loss(self.model, windows)
+            else:
+                loss = token_losses(self._forward, windows).mean()
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip))
-        value = float(loss.detach())
+        if self.team is not None:
+            value = self.team.backward(loss, list(self.model.parameters()))
+        else:
+            loss.backward()
+            value = float(loss.detach())
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)))
+        if self.team is not None:
+            self.team.peers.check()  # on a GPU, before what a failed peer left undefined reaches the weights
         if not (math.isfinite(value) and math.isfinite(norm)):  # before the weights take it in
             raise FloatingPointError(
                 f"step {self.step + 1}: the loss is {value}, the norm of its gradient {norm}; start a new "

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..models.blocks import Block
 from .config import TrainingConfig
@@ -57,9 +58,18 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(matrix)
                 average = state["momentum"].lerp_(matrix.grad, 1 - momentum)
-                update = orthogonalize(matrix.grad.lerp(average, momentum))
+                update = _orthogonalize_whole(matrix.grad.lerp(average, momentum))
                 matrix.mul_(1 - rate * group["weight_decay"])
                 matrix.add_(update, alpha=-0.2 * rate * math.sqrt(max(matrix.shape)))
+
+
+def _orthogonalize_whole(update: Tensor) -> Tensor:
+    """`orthogonalize` of a matrix, also if ranks hold shards of it: its singular vectors are those of the whole."""
+    if not isinstance(update, DTensor):
+        return orthogonalize(update)
+    # Every rank computes the same from the same, so each can cut out its shard.
+    whole = DTensor.from_local(orthogonalize(update.full_tensor()), update.device_mesh, [Replicate()])
+    return whole.redistribute(update.device_mesh, update.placements)
 
 
 def orthogonalize(matrix: Tensor, *, iterations: int = 5) -> Tensor:

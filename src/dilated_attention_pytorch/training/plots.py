@@ -1,26 +1,28 @@
-"""The two plots of a run: loss over training, bits per byte by position. matplotlib loads when drawing."""
+"""Plots of a run: loss over training, bits per byte by position and context. matplotlib loads when drawing."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluate import BITS, PositionCurve
+from .evaluate import BITS, ContextTable, PositionCurve
 from .files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart under colour blindness
+DPI = 130
 
 
 def _figure() -> tuple[Figure, Any]:
     # The object interface: pyplot would pick a backend and keep state for the whole process.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -91,8 +93,6 @@ def plot_position(curve: PositionCurve, path: Path, *, title: str, segment_lengt
 
     The band is the standard error of the distance to the last value, which is what the line is about.
     """
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     figure, axes = _figure()
     low = [b - e for b, e in zip(curve.bits, curve.error, strict=True)]
     high = [b + e for b, e in zip(curve.bits, curve.error, strict=True)]
@@ -103,9 +103,7 @@ def plot_position(curve: PositionCurve, path: Path, *, title: str, segment_lengt
     for n, segment in enumerate(s for s in segment_lengths if s <= curve.positions[-1]):
         label = "segment lengths of the pattern" if n == 0 else ""
         axes.axvline(segment, color="#888888", linestyle=":", linewidth=1, label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _log_bytes(axes)
     axes.set(
         title=title,
         xlabel="position in the context, from half of this to this (bytes, log scale)",
@@ -113,3 +111,45 @@ def plot_position(curve: PositionCurve, path: Path, *, title: str, segment_lengt
     )
     axes.legend(frameon=False)
     _save(figure, path)
+
+
+def plot_contexts(table: ContextTable, path: Path, *, title: str) -> None:
+    """Two panels: bits by position, a line for each context; and what each context is worth on the same bytes."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shades = colormaps["viridis"]
+    middles = [max(1.0, (low * high) ** 0.5) if low else high / 2 for low, high in pairwise(table.edges)]
+    for n, context in enumerate(table.contexts):
+        color = shades(0.9 * (1 - n / max(1, len(table.contexts) - 1)))
+        label = f"at most {context:,} bytes" if context < table.contexts[-1] else "the whole window"
+        left.plot(middles, [row[n] for row in table.bits], color=color, marker="o", markersize=4, label=label)
+    left.set(title="Bytes at each position", xlabel="position in the window (bytes, log scale)")
+    left.legend(frameon=False, title="the model sees")
+    curve = table.curve
+    gain = [bits - curve.bits[-1] for bits in curve.bits]
+    right.errorbar(curve.positions, gain, yerr=curve.error, color=COLORS[0], marker="o", markersize=4, capsize=3)
+    right.axhline(0, color="#888888", linestyle=":", linewidth=1)
+    right.set(
+        title="Second half of the windows, the same bytes",
+        xlabel="context that the model sees (bytes, log scale)",
+        ylabel="bits per byte more than with the whole window",
+    )
+    left.set_ylabel("bits per byte")
+    for axes in (left, right):
+        _log_bytes(axes)
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _log_bytes(axes: Any) -> None:
+    """A logarithmic axis of bytes, with whole numbers on it."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())

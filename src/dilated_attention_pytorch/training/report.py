@@ -9,14 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .corpus import SEPARATOR
 from .evaluate import PositionCurve, bits_by_position, curve_positions, position_curve
 from .files import replace_file
-from .generate import generate, printable
+from .generate import printable, stream_bytes
 from .loop import Trainer
 from .metrics import read_metrics
 
 PROMPT_BYTES = 200
+SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,14 @@ def draw_sample(trainer: Trainer) -> Sample:
     document = max(trainer.corpus.held_out_documents, key=lambda d: (min(d.length, 4 * PROMPT_BYTES), d.name))
     start, training = document.offset, trainer.config.training
     prompt = bytes(trainer.corpus.tokens[start : start + min(PROMPT_BYTES, document.length)].tolist())
-    text = generate(
+    steps = stream_bytes(
         trainer.model,
-        bytes([SEPARATOR]) + prompt,
+        [prompt],
         max_bytes=training.sample_bytes,
-        context_length=trainer.config.model.context_length,
-        seed=training.seed,
-        device=trainer.device,
+        temperature=SAMPLE_TEMPERATURE,
+        generator=training.seed,
     )
-    return Sample(printable(prompt), printable(text))
+    return Sample(printable(prompt), printable(b"".join(step[0] for step in steps)))
 
 
 def can_plot() -> bool:

@@ -12,6 +12,8 @@ import torch
 from .checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_checkpoint
 from .config import RunConfig
 from .corpus import Corpus, open_packed, pack
+from .distributed import Team
+from .distributed_checkpoint import newest_for_all
 from .loop import Trainer
 from .sources import find_sources, standard_library
 
@@ -44,8 +46,10 @@ def _pack(config: RunConfig, folder: Path) -> Corpus:
     return pack(sources, folder / "data", held_out_fraction=fraction, context_length=length)
 
 
-def start_run(config: RunConfig, folder: Path, *, device: torch.device, compile_model: bool = False) -> Trainer:
-    """Pack the text of ``config`` into ``folder`` and begin a run there.
+def start_run(
+    config: RunConfig, folder: Path, *, device: torch.device, compile_model: bool = False, team: Team | None = None
+) -> Trainer:
+    """Pack the text of ``config`` into ``folder`` and begin a run there; with a ``team`` every rank calls it.
 
     Raises:
         ValueError: the text is missing, unreadable or too short; the folder holds a run or cannot be made.
@@ -59,23 +63,41 @@ def start_run(config: RunConfig, folder: Path, *, device: torch.device, compile_
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
-    return Trainer(config, _pack(config, folder), folder, device=device, compile_model=compile_model)
+    corpus = _pack_once(config, folder, team)
+    return Trainer(config, corpus, folder, device=device, compile_model=compile_model, team=team)
+
+
+def _pack_once(config: RunConfig, folder: Path, team: Team | None) -> Corpus:
+    """The packed text, which with a team rank 0 packs for all."""
+    if team is None:
+        return _pack(config, folder)
+    return team.after_main(lambda: _pack(config, folder), lambda: open_packed(folder / "data"))
 
 
 def resume_run(
-    folder: Path, given: Mapping[str, Any], *, device: torch.device | None, compile_model: bool = False
+    folder: Path,
+    given: Mapping[str, Any],
+    *,
+    device: torch.device | None,
+    compile_model: bool = False,
+    team: Team | None = None,
 ) -> tuple[Trainer, list[str]]:
     """Continue the run in ``folder`` from its newest complete checkpoint; returns it and notes for the user.
 
     ``given`` holds options by name as the user gave them; they must be those of the run, but for
     `FREE_OPTIONS`. The text is the packed copy in the folder; where that is missing or damaged, it is packed
     again from its sources. ``device`` None is the kind of device that the run was on, if there is one here.
+    With a ``team`` every rank calls it; the run may have had other ranks, or one process, before.
 
     Raises:
         CheckpointError: no complete checkpoint, or one that does not fit.
         ValueError: an option differs from the run's, or the text is gone or has changed.
     """
-    checkpoint, notes = newest_checkpoint(folder / "checkpoints")
+    where: Path | None = None
+    if team is None:
+        checkpoint, notes = newest_checkpoint(folder / "checkpoints")
+    else:
+        where, checkpoint, notes = newest_for_all(folder / "checkpoints", team)
     notes = [f"{message}; continuing from step {checkpoint.step}" for message in notes]
     try:
         config = RunConfig.from_dict(checkpoint.records["run"])
@@ -97,14 +119,25 @@ def resume_run(
             )
     changed = {name: given[name] for name in FREE_OPTIONS & given.keys()}
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, **changed))
-    try:
-        corpus = open_packed(folder / "data")
-    except ValueError as error:
-        notes.append(f"{error}; packing the text again")
-        corpus = _pack(config, folder)
+    corpus, problem = _packed_before(config, folder, team)
+    notes += [f"{problem}; packing the text again"] if problem else []
     device = device or _device_of(checkpoint)
-    trainer = Trainer(config, corpus, folder, device=device, compile_model=compile_model)
-    return trainer, notes + trainer.restore(checkpoint)
+    trainer = Trainer(config, corpus, folder, device=device, compile_model=compile_model, team=team)
+    return trainer, notes + trainer.restore(checkpoint, where)
+
+
+def _packed_before(config: RunConfig, folder: Path, team: Team | None) -> tuple[Corpus, str]:
+    """The text that a run has packed, and why it had to be packed again, if so."""
+
+    def open_or_pack() -> tuple[Corpus, str]:
+        try:
+            return open_packed(folder / "data"), ""
+        except ValueError as error:
+            return _pack(config, folder), str(error)
+
+    if team is None:
+        return open_or_pack()
+    return team.after_main(open_or_pack, lambda: (open_packed(folder / "data"), ""))
 
 
 def _device_of(checkpoint: Checkpoint) -> torch.device:
