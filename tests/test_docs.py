@@ -42,7 +42,7 @@ LAYOUT_ROWS = [*table_rows("The package"), *table_rows("Parts of earlier librari
 
 def place(name: str) -> Path:
     """A path of a layout table: below the package, or from the root of the repository."""
-    return ROOT / name if name.startswith(("docs/", "tests/", "benchmarks/")) else PACKAGE / name
+    return ROOT / name if name.startswith(("docs/", "tests/", "benchmarks/", "examples/")) else PACKAGE / name
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
