@@ -26,7 +26,7 @@ test: $(READY) ## Run the tests (those for a GPU only where there is one)
 test-full: $(READY) ## Run every test, long campaigns too
 	$(BIN)/python -m pytest -m "" -o timeout=7200 $(PYTEST_FLAGS)
 
-check: lint test ## Everything that has to pass before a commit
+check: lint docs test ## Everything that has to pass before a commit
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from .backends import available_backends
 from .compat import install as _install_old_names
 from .compat import old_name as __getattr__  # noqa: F401  (Python calls it for names that are not here)
-from .explanation import Explanation, explain
+from .explanation import Explanation, SparseExplanation, explain, explain_sparse
 from .functional import dilated_attention, dilated_attention_with_lse, received_attention
 from .memory import MemoryPool, create_memory_pool
 from .models import (
@@ -65,6 +65,7 @@ __all__ = [
     "MultiheadSparseAttention",
     "RandomBlocks",
     "SparseAttention",
+    "SparseExplanation",
     "Streaming",
     "Union",
     "Verification",
@@ -73,6 +74,7 @@ __all__ = [
     "dilated_attention",
     "dilated_attention_with_lse",
     "explain",
+    "explain_sparse",
     "get_pattern",
     "hilbert_order",
     "hilbert_order_from_coordinates",

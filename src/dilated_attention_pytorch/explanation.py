@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from .backends import sdpa
+from .backends.arguments import checked_tensors
 from .backends.dispatch import choose
 from .backends.ops import make_problem
 from .backends.problem import Problem
+from .backends.sparse.dispatch import check_sparse_backend
+from .backends.sparse.explanation import SparseExplanation, explain_problem
+from .backends.sparse.ops import sparse_problem
 from .backends.vendor import Kernel
 from .functional import checked_arguments
 from .merge import accumulator_dtype
 from .parallel import ContextParallel
 from .parallel.schedule import Call as ParallelCall
+from .patterns import ContentTopK, Union
+from .patterns.union import members_of
+from .sparse import check_pattern, pattern_tensors
 from .types import Call
 
 
@@ -196,6 +203,58 @@ def explain(
         rows_without_branch=_rows_without_branch(problem),
         exchange=exchange,
     )
+
+
+def explain_sparse(
+    query: Tensor | Sequence[int],
+    key: Tensor | Sequence[int],
+    value: Tensor | Sequence[int],
+    pattern: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    **options: Any,
+) -> SparseExplanation:
+    """Say what `sparse_attention` would do with these shapes and options; only its lists are made.
+
+    Args:
+        query, key, value: tensors, or shapes (B, N_q, H, D), (B, N, H_kv, D), (B, N, H_kv, D_v) for contiguous
+            tensors of ``dtype`` on ``device`` (default "cpu"); `ContentTopK` needs tensors to select from.
+        pattern, backend: as for `sparse_attention`, but no union with ``multiplicity=True``, whose members are
+            computed one by one.
+        device, dtype: what to assume where shapes are given; tensors bring their own.
+        **options: every other option of `sparse_attention` but ``gate``.
+
+    Raises:
+        ValueError: whatever `sparse_attention` would raise for the same arguments.
+
+    >>> from dilated_attention_pytorch import LocalWindow
+    >>> shape = (1, 4096, 8, 64)
+    >>> plan = explain_sparse(shape, shape, shape, LocalWindow(512, block_size=64), is_causal=True)
+    >>> plan.backend, plan.blocks, plan.rows_without_keys
+    ('sdpa', 4320, 0)
+    """
+    given = {"query": query, "key": key, "value": value}
+    q, k, v = (
+        t if isinstance(t, Tensor) else torch.empty(as_shape(name, t), dtype=dtype, device="meta")
+        for name, t in given.items()
+    )
+    check_pattern(pattern)
+    if isinstance(pattern, Union) and pattern.multiplicity:
+        raise ValueError("the union counts pairs several times, member by member; explain each of pattern.patterns")
+    if q.device.type == "meta" and any(isinstance(member, ContentTopK) for member in members_of(pattern)):
+        raise ValueError("ContentTopK selects from the content of query and key; give tensors instead of shapes")
+    check_sparse_backend(backend)
+    defaults = {"is_causal": False, "scale": None, "dropout_p": 0.0}
+    found = checked_tensors(
+        q, k, v, **{**defaults, **dict.fromkeys(("key_padding_mask", "cu_seqlens")), "key_start": 0, **options}
+    )  # fmt: skip
+    selecting = {name: option for name, option in found.items() if name not in ("value", "dropout_p")}
+    lists = pattern_tensors(**selecting, pattern=pattern)
+    return explain_problem(
+        sparse_problem(**found, lists=lists, pattern=pattern.code, device=_device(q, device)), backend
+    )  # fmt: skip
 
 
 def _exchange(parallel: ContextParallel, call: ParallelCall) -> Exchange:

@@ -110,7 +110,7 @@ def sparse_attention_with_lse(
     >>> sparse_attention_with_lse(x, x, x, LocalWindow(0, block_size=16)).lse.exp().round().unique()
     tensor([16.])
     """
-    _check_pattern(pattern)
+    check_pattern(pattern)
     check_sparse_backend(backend)
     arguments = checked_tensors(
         query,
@@ -128,7 +128,8 @@ def sparse_attention_with_lse(
     return _attend(arguments, pattern, backend)
 
 
-def _check_pattern(pattern: Any) -> None:
+def check_pattern(pattern: Any) -> None:
+    """Raise ValueError for what is no block-sparse pattern."""
     if isinstance(pattern, DilatedPattern):
         raise ValueError("pattern is a DilatedPattern; call dilated_attention, or put it in a Union with others")
     if not hasattr(pattern, "entries"):
@@ -244,7 +245,7 @@ class SparseAttention(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout!r}; give a probability of at least 0 and below 1")
-        _check_pattern(pattern)
+        check_pattern(pattern)
         check_sparse_backend(backend)
         self.pattern = pattern
         self.is_causal = is_causal

@@ -235,14 +235,14 @@ def largest_summands(
 def error_bound(gold: Tensor, eager: Tensor, dtype: torch.dtype, *, summand: float = 0.0) -> float:
     """Bound B: twice the error of an eager implementation in ``dtype`` and 4 eps of the largest gold value.
 
-    Or, if that is more, 2 eps of the ``summand`` (see `largest_summands`; half an eps for 16-bit numbers, which
+    Or, if that is more, 4 eps of the ``summand`` (see `largest_summands`; half an eps for 16-bit numbers, which
     only results are rounded to: the gradients, and the out that enters delta). In float64, where gold and eager
     have rounded alike, 16 times the eps.
     """
     finite = torch.isfinite(gold)
     shown = torch.stack([eager.double() - gold, gold]).where(finite, 0.0).abs().flatten(1).amax(1).tolist()
     eps = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
-    return max(2 * shown[0] + 4 * eps * shown[1], eps * summand * (0.5 if dtype.itemsize == 2 else 2))
+    return max(2 * shown[0] + 4 * eps * shown[1], eps * summand * (0.5 if dtype.itemsize == 2 else 4))
 
 
 def max_error(actual: Tensor, gold: Tensor) -> float:

@@ -70,7 +70,18 @@ def choose_sparse(name: str, problem: SparseProblem, *, backward: bool = False, 
         if reason:
             raise ValueError(f"backend {name!r} cannot compute this: {reason}; use backend='auto' or 'reference'")
         return name
+    passed = passed_over(problem, backward=backward, grad_lse=grad_lse)
+    return preference(problem.device)[len(passed)]
+
+
+def passed_over(
+    problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False
+) -> tuple[tuple[str, str], ...]:
+    """(backend, reason) for each that "auto" tries in vain; the next one computes the problem."""
+    found: list[tuple[str, str]] = []
     for candidate in preference(problem.device):
-        if SPARSE_BACKENDS[candidate].unsupported(problem, backward=backward, grad_lse=grad_lse) is None:
-            return candidate
+        reason = SPARSE_BACKENDS[candidate].unsupported(problem, backward=backward, grad_lse=grad_lse)
+        if reason is None:
+            return tuple(found)
+        found.append((candidate, reason))
     raise AssertionError("the reference backend takes every problem")

@@ -29,8 +29,9 @@ def sparse_problem(
     is_causal: bool,
     scale: float | None,
     dropout_p: float,
+    device: str | None = None,
 ) -> SparseProblem:
-    """Read what the tensors say (shapes, where documents lie) into a problem."""
+    """Read what the tensors say (shapes, where documents lie) into a problem; meta tensors stand for ``device``."""
     shape = Shape(
         query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     )  # fmt: skip
@@ -40,7 +41,8 @@ def sparse_problem(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     options = Options(is_causal, scale, dropout_p, "mask", "exact")
     return make_problem(
-        pattern, lists, shape, options, documents, query.dtype, str(query.device), key_padding_mask is not None
+        pattern, lists, shape, options, documents, query.dtype, device or str(query.device),
+        key_padding_mask is not None,
     )  # fmt: skip
 
 
