@@ -1,9 +1,10 @@
 """Exact long-context attention for PyTorch: dilated attention (LongNet) on zero-copy views of fused kernels."""
 
 from .backends import available_backends
+from .backends.sparse.explanation import SparseExplanation
 from .compat import install as _install_old_names
 from .compat import old_name as __getattr__  # noqa: F401  (Python calls it for names that are not here)
-from .explanation import Explanation, SparseExplanation, explain, explain_sparse
+from .explanation import Explanation, explain, explain_sparse
 from .functional import dilated_attention, dilated_attention_with_lse, received_attention
 from .memory import MemoryPool, create_memory_pool
 from .models import (
@@ -17,7 +18,7 @@ from .models import (
     LongNetViT,
 )
 from .modules import DilatedAttention, MultiheadDilatedAttention, MultiheadSparseAttention
-from .ordering import HilbertOrdering, hilbert_order, hilbert_order_from_coordinates
+from .ordering import HilbertOrdering, hilbert_order, hilbert_order_from_coordinates, recommend_ordering
 from .parallel import ContextParallel, Streaming
 from .patterns import (
     BlockList,
@@ -79,6 +80,7 @@ __all__ = [
     "hilbert_order",
     "hilbert_order_from_coordinates",
     "received_attention",
+    "recommend_ordering",
     "sparse_attention",
     "sparse_attention_with_lse",
     "verify",

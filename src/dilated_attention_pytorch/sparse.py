@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .backends.arguments import checked_tensors
 from .backends.ops import attention_forward
 from .backends.sparse.dispatch import check_sparse_backend
+from .backends.sparse.gate import check_gate, sparse_gate
 from .backends.sparse.ops import sparse_forward
 from .backends.sparse.selection import sparse_select
 from .patterns import ContentTopK, DilatedPattern, Union
@@ -29,6 +30,7 @@ def sparse_attention(
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: int | Tensor = 0,
+    gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over the blocks of keys that a pattern lists for each block of queries, as one softmax.
@@ -51,6 +53,10 @@ def sparse_attention(
         cu_seqlens: (documents + 1,) int32 or int64, for B = 1: rows cu_seqlens[i] to cu_seqlens[i + 1] are document
             i; positions and blocks start anew in each.
         key_start: position of key row 0 in its document, an int or (B,) int64, as for `dilated_attention`.
+        gate: (B, H, N_q, blocks) floating, for `ContentTopK` alone: ``g - stopgrad(g)`` is added to the scores that a
+            row keeps in a block, g being its number for that block of its document. No result changes, and
+            neither does the choice; the gate gets the gradient of the scores. Backend "reference" only, which
+            "auto" then takes. The gate itself takes N_q x N / block_size numbers a head.
         backend: "auto", "sdpa", "triton" or "reference".
 
     Returns:
@@ -78,6 +84,7 @@ def sparse_attention(
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
         key_start=key_start,
+        gate=gate,
         backend=backend,
     ).out
 
@@ -94,6 +101,7 @@ def sparse_attention_with_lse(
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: int | Tensor = 0,
+    gate: Tensor | None = None,
     backend: str = "auto",
 ) -> AttentionOutput:
     """`sparse_attention` together with the log-sum-exp that joins it with other partial results.
@@ -123,6 +131,11 @@ def sparse_attention_with_lse(
         cu_seqlens=cu_seqlens,
         key_start=key_start,
     )
+    if gate is not None:
+        if not isinstance(pattern, ContentTopK):
+            raise ValueError(f"gate is given, and pattern is a {type(pattern).__name__}; give a ContentTopK alone")
+        check_gate(gate, arguments["query"], backend)
+        return _attend(arguments, pattern, "reference", gate)
     if isinstance(pattern, Union) and pattern.multiplicity:
         return _joined([_attend(arguments, member, backend) for member in pattern.patterns])
     return _attend(arguments, pattern, backend)
@@ -136,7 +149,7 @@ def check_pattern(pattern: Any) -> None:
         raise ValueError(f"pattern is {pattern!r}; give a block-sparse pattern such as LocalWindow(1024)")
 
 
-def _attend(arguments: dict[str, Any], pattern: Any, backend: str) -> AttentionOutput:
+def _attend(arguments: dict[str, Any], pattern: Any, backend: str, gate: Tensor | None = None) -> AttentionOutput:
     """One pattern, through its operator."""
     seed = None
     if arguments["dropout_p"]:  # every member of a union draws its own
@@ -155,6 +168,8 @@ def _attend(arguments: dict[str, Any], pattern: Any, backend: str) -> AttentionO
     else:
         lists = pattern_tensors(**_selecting(arguments), pattern=pattern)
         out, lse = sparse_forward(**arguments, seed=seed, lists=lists, pattern=pattern.code, backend=backend)
+        if gate is not None:
+            out, lse = sparse_gate(gate, out, lse, **arguments, seed=seed, lists=lists, pattern=pattern.code)
     return AttentionOutput(out, lse.transpose(1, 2))
 
 
@@ -263,6 +278,7 @@ class SparseAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
+        gate: Tensor | None = None,
         parallel: None = None,
     ) -> Tensor:
         """Query ``(B, Nq, H, D)``, key ``(B, Nk, G, D)``, value ``(B, Nk, G, D_v)`` to ``(B, Nq, H, D_v)``.
@@ -283,6 +299,7 @@ class SparseAttention(nn.Module):
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
             key_start=key_start,
+            gate=gate,
             backend=self.backend,
         )
 

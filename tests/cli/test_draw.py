@@ -7,10 +7,11 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from dilated_attention_pytorch import DilatedPattern
-from dilated_attention_pytorch.cli import app
+from dilated_attention_pytorch import DilatedPattern, explain_sparse
+from dilated_attention_pytorch.cli import app, block_picture
 from dilated_attention_pytorch.cli.draw import perimeters
 from dilated_attention_pytorch.cli.pattern_picture import attended, coverage
 from dilated_attention_pytorch.ordering import hilbert_order, raster_order
@@ -47,6 +48,9 @@ def test_perimeters():
     assert perimeters(raster_order(2, 3), 2, 3, 4) == [10, 6]
 
 
+BRANCHES = ("--segment-lengths", "256,1024", "--dilation-rates", "1,4")
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
@@ -68,6 +72,17 @@ def test_perimeters():
         ),
         (("--segment-lengths", "4", "--dilation-rates", "1", "--heads", "0"), "--heads is 0; a picture has 1 to 8"),
         (("--segment-lengths", "4", "--dilation-rates", "1", "--head-offsets", "odd"), "head_offsets is 'odd'"),
+        (("--pattern", "moba"), "'moba'"),
+        (("--pattern", "longformer", "--parameters", "window=100"), "window is 100, no multiple of block_size 64"),
+        (("--pattern", "local", "--parameters", "ratio=2"), "unexpected keyword argument 'ratio'"),
+        (("--pattern", "local", "--parameters", "window"), "--parameters has 'window'; give name=integer"),
+        (("--pattern", "local", "--parameters", "window=1,window=2"), "--parameters has window twice"),
+        (("--pattern", "local", "--segment-lengths", "64"), "--segment-lengths goes with --pattern dilated-blocks"),
+        (("--parameters", "window=64"), "--parameters is given without --pattern"),
+        (("--pattern", "dilated-blocks"), "--dilation-rates is missing"),
+        (("--pattern", "dilated-blocks", *BRANCHES, "--parameters", "seed=1"), "--parameters has seed"),
+        (("--pattern", "local", "--length", "65537"), "--length is 65537; a picture has 1 to 65536"),
+        (("--pattern", "local", "--heads", "9"), "--heads is 9; a picture has 1 to 8"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], fragment: str):
@@ -113,3 +128,49 @@ def test_what_a_pattern_covers():
         assert [tuple(pair) for pair in seen[0, head].nonzero().tolist()] == [(q, k) for q in rows for k in rows]
     assert "33.3 % of all pairs are attended by some head" in coverage(seen)[-1]
     assert "11.1 % of the full matrix; 0.0 of them" in coverage(seen)[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "options"),
+    [
+        ("longformer", False, ()),
+        ("bigbird", True, ("--parameters", "random_blocks=2, seed=5")),
+        ("local", True, ("--parameters", "window=256", "--length", "1500")),
+        ("hierarchical", False, ("--length", "8192")),
+        ("dilated-blocks", True, (*BRANCHES, "--parameters", "block_size=64")),
+    ],
+)
+def test_a_picture_shows_the_blocks_that_are_attended(
+    name: str, causal: bool, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Counts against the lists that backends compute from; colours against the share of the panels' area."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def kept(pattern: object, found: torch.Tensor, *, title: str) -> bytes:
+        seen.append((pattern, found))
+        return picture(pattern, found, title=title)
+
+    picture = block_picture.picture
+    monkeypatch.setattr(block_picture, "picture", kept)
+    arguments = ["draw", "--pattern", name, *options, "--heads", "2", *(["--causal"] if causal else [])]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    ((pattern, found),) = seen
+    rows = 1500 if name == "local" else 8192 if name == "hierarchical" else 32 * pattern.block_size
+    shape = (1, rows, 2, 8)
+    listed = explain_sparse(shape, shape, shape, pattern, is_causal=causal)
+    each = found.count_nonzero((1, 2)).tolist()
+    assert sum(each) * (2 // len(each)) == listed.blocks
+    lines = result.stdout.splitlines()
+    names = ["every head"] if listed.shared_lists else ["head 0", "head 1"]
+    assert [line.split(" of ")[0] for line in lines[:-1]] == [
+        f"{head}: {count:,}" for head, count in zip(names, each, strict=True)
+    ]
+    assert lines[-1] == "wrote pattern.png"
+    # The first part is blue, the second red: their areas are as their numbers of blocks.
+    counts = [int((found == number).sum()) for number in (1, 2)]
+    areas = [share_of(tmp_path / "pattern.png", color) for color in ((0, 0.447, 0.698), (0.835, 0.369, 0))]
+    assert areas[0] > 0.01
+    if counts[1]:
+        assert areas[1] / areas[0] == pytest.approx(counts[1] / counts[0], rel=0.2)

@@ -67,7 +67,7 @@ def test_without_arguments_the_last_run_begins_a_document(
         (("RUN", "--top-p", "1.5"), 2, "top_p is 1.5"),
         (("RUN", "--max-bytes", "-3"), 2, "--max-bytes is -3"),
         (("RUN", "--device", "warp"), 2, "device 'warp' cannot be used"),
-        (("RUN", "--prompt-file", "missing.txt"), 1, "'missing.txt': No such file"),
+        (("RUN", "--prompt-file", "missing.txt"), 2, "cannot read --prompt-file 'missing.txt': No such file"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -105,3 +105,12 @@ def test_a_ring_of_four_errs_hardly_more_than_one_rank(pool, layout):
             total += torch.stack([(got[name].double() - gold[name]).square().mean() for name in gold])
     ratio = (squares[4] / squares[1]).sqrt()
     assert (ratio <= 1.25).all(), f"root mean square errors of out, lse, dq, dk, dv: {ratio.tolist()} times world 1's"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_pieces_of_several_documents_far_apart(pool, layout):
+    """The reference backend numbers segments of all pieces at once; a later document may begin at a lower number."""
+    case = Case(
+        seed=1, key_rows=15, segment_lengths=(1, 3), dilation_rates=(1, 1), cuts=(14,), kv_heads=2, dropout_p=0.3
+    )
+    check(case, pool.run("attend", 2, case, "gather", layout))

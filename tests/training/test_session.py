@@ -133,6 +133,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path,
     (step, folder), (earlier, _) = list_checkpoints(tmp_path / "checkpoints")
     assert (step, earlier) == (8, 6)
     (folder / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is not what was written; the one of step 6 is loaded in its place"):
+        load_model(tmp_path)
     trainer, notes = resume_run(tmp_path, {}, device=CPU)
     assert trainer.step == 6
     assert len(notes) == 1

@@ -83,7 +83,8 @@ def _blocks(
                 document[here], length[here] = index, d.length
         for index in branches:
             w, r = problem.pattern.segment_lengths[index], problem.pattern.dilation_rates[index]
-            segment = document * (shape.key_rows + 2) + position // w - (position // w).min()
+            number = position // w - (position // w).min()
+            segment = document * (number.max() + 1) + number  # the pieces of a shard may lie far apart
             offsets = [problem.pattern.head_offset(h, r, shape.heads) for h in range(shape.heads)]
             for offset in sorted(set(offsets)):
                 heads = torch.tensor([h for h in range(shape.heads) if offsets[h] == offset], device=device)

@@ -30,6 +30,16 @@ class Order(StrEnum):
     raster = "raster"
 
 
+class BlockPatternName(StrEnum):
+    """Block-sparse patterns."""
+
+    longformer = "longformer"
+    bigbird = "bigbird"
+    local = "local"
+    hierarchical = "hierarchical"
+    dilated_blocks = "dilated-blocks"
+
+
 def draw(
     order: Annotated[Order, typer.Option(help="Order of the cells.")] = Order.hilbert,
     shape: Annotated[str, typer.Option(help="Height and width of the grid, e.g. 32x32.")] = "32x32",
@@ -40,8 +50,18 @@ def draw(
         str | None, typer.Option(help="Draw a pattern instead: segment lengths of its branches, e.g. 16,32,64.")
     ] = None,
     dilation_rates: Annotated[str | None, typer.Option(help="One for each segment length, e.g. 1,2,4.")] = None,
+    pattern: Annotated[
+        BlockPatternName | None,
+        typer.Option(help="Draw a block-sparse pattern; dilated-blocks takes segment lengths and dilation rates."),
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="Integers of the block-sparse pattern, e.g. window=512,block_size=64.")
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Rows of the pattern; by default the longest segment, or the most that fit.")
+        int | None,
+        typer.Option(
+            help="Rows of the pattern; by default the longest segment, or the most that fit; of blocks, 32 blocks."
+        ),
     ] = None,
     heads: Annotated[int, typer.Option(help="Heads of the pattern.")] = 4,
     causal: Annotated[bool, typer.Option("--causal", help="Attend only to rows at or before.")] = False,
@@ -54,17 +74,24 @@ def draw(
 ) -> None:
     """Draw a pattern, given its segment lengths: who attends to whom, by branch and head, and how often in all.
 
+    Or a block-sparse pattern, given its name: which key blocks each query block sees, by head.
+
     Or draw the order of a grid: the curve through its cells, and the segments of attention as coloured regions.
     Needs matplotlib.
     """
     with one_line_errors():
-        one = segment_lengths is not None or dilation_rates is not None
+        one = segment_lengths is not None or dilation_rates is not None or pattern is not None
         output = output or Path("pattern.png" if one else "order.png")
         if output.suffix not in ("", ".png"):
             raise ValueError(f"--output is {str(output)!r}; the picture is a PNG, give a name that ends in .png")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("matplotlib is not installed; run: pip install matplotlib")
-        if one:
+        if parameters is not None and pattern is None:
+            raise ValueError("--parameters is given without --pattern; give the name of a block-sparse pattern")
+        if pattern is not None:
+            made = _block_pattern(pattern, parameters, segment_lengths, dilation_rates, head_offsets)
+            notes = _draw_blocks(pattern.value, made, length, heads, causal, output)
+        elif one:
             notes = _draw_pattern(segment_lengths, dilation_rates, length, heads, causal, head_offsets, output)
         else:
             notes = _draw_order(order, shape, segment_length, output)
@@ -112,6 +139,65 @@ def _draw_pattern(
     title = f"{rows:,} rows, {heads} heads{', causal' if causal else ''}, {offsets} offsets"
     replace_file(output, [pattern_picture.picture(pattern, seen, title=title)])
     return pattern_picture.coverage(seen)
+
+
+def _block_pattern(
+    name: BlockPatternName, parameters: str | None, segments: str | None, rates: str | None, offsets: str
+) -> Any:
+    """The pattern that the options describe."""
+    from typing import cast
+
+    from .. import DilatedBlocks, get_pattern
+    from ..types import HeadOffsets
+
+    given = _assignments(parameters or "")
+    if name is not BlockPatternName.dilated_blocks:
+        for option, value in (("--segment-lengths", segments), ("--dilation-rates", rates)):
+            if value is not None:
+                raise ValueError(f"{option} goes with --pattern dilated-blocks, not with {name.value}; leave it out")
+        return get_pattern(name.value, **given)
+    if segments is None or rates is None:
+        missing = "--dilation-rates" if rates is None else "--segment-lengths"
+        raise ValueError(f"{missing} is missing; dilated-blocks has a segment length and a rate for each branch")
+    block_size = given.pop("block_size", 128)
+    if given:
+        raise ValueError(f"--parameters has {', '.join(given)}; dilated-blocks takes block_size alone")
+    return DilatedBlocks(
+        integers("--segment-lengths", segments), integers("--dilation-rates", rates), block_size,
+        cast(HeadOffsets, offsets),
+    )  # fmt: skip
+
+
+def _assignments(text: str) -> dict[str, int]:
+    """``a=1,b=2`` as a dictionary."""
+    found: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        name, sign, value = part.strip().partition("=")
+        if not (name.isidentifier() and sign and value.isascii() and value.isdigit()):
+            raise ValueError(f"--parameters has {part!r}; give name=integer, e.g. window=512,block_size=64")
+        if name in found:
+            raise ValueError(f"--parameters has {name} twice; give it once")
+        found[name] = int(value)
+    return found
+
+
+def _draw_blocks(name: str, pattern: Any, length: int | None, heads: int, is_causal: bool, output: Path) -> list[str]:
+    from ..training.files import replace_file
+    from . import block_picture
+    from .pattern_picture import MOST_HEADS
+
+    size = pattern.block_size
+    rows = 32 * size if length is None else length
+    for option, value, most in (
+        ("--length", rows, block_picture.MOST_BLOCKS * size),
+        ("--heads", heads, MOST_HEADS),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"{option} is {value}; a picture has 1 to {most}")
+    seen = block_picture.seen_blocks(pattern, blocks=-(-rows // size), heads=heads, is_causal=is_causal)
+    title = f"{name}: {rows:,} rows in blocks of {size}{', causal' if is_causal else ''}"
+    replace_file(output, [block_picture.picture(pattern, seen, title=title)])
+    return block_picture.shares(seen, is_causal=is_causal)
 
 
 def _shape(text: str) -> tuple[int, int]:

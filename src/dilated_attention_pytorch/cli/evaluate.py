@@ -111,7 +111,11 @@ def _show(table: ContextTable, files: list[Path]) -> None:
     curve = table.curve
     shown.add_section()
     shown.add_row("2nd half", *(f"{bits:.3f}" for bits in curve.bits))
-    worth = [f"{b - curve.bits[-1]:+.3f}±{e:.3f}" for b, e in zip(curve.bits, curve.error, strict=True)]
+    several = table.windows > 1  # one has no spread
+    worth = [
+        f"{b - curve.bits[-1]:+.3f}" + (f"±{e:.3f}" if several else "")
+        for b, e in zip(curve.bits, curve.error, strict=True)
+    ]
     shown.add_row("it costs", *worth[:-1], "")
     console = Console()
     console.print(shown)

@@ -59,7 +59,12 @@ def generate(
 
 
 def _read(path: Path) -> bytes:
-    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read --prompt-file {str(path)!r}: {error.strerror}") from None
 
 
 def last_run() -> Path:

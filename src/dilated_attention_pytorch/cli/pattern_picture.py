@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 MOST_ROWS = 512
 """Rows of a matrix in a picture: of more, single pairs would not be seen."""
 MOST_HEADS = 8
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart under colour blindness
-_DPI = 130
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart under colour blindness
+DPI = 130
 
 
 def attended(pattern: DilatedPattern, *, rows: int, heads: int, is_causal: bool) -> Tensor:
@@ -59,13 +59,13 @@ def picture(pattern: DilatedPattern, seen: Tensor, *, title: str) -> bytes:
     branches, heads, rows, _ = seen.shape
     most = int(seen.sum(0).max())
     columns = branches + 1
-    figure = Figure(figsize=(2.3 * columns + 1.2, 2.2 * heads + 1.0), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(2.3 * columns + 1.2, 2.2 * heads + 1.0), dpi=DPI, layout="constrained")
     grid: Any = figure.subplots(heads, columns, squeeze=False)
     counts = ListedColormap([(1.0, 1.0, 1.0), *(colormaps["viridis_r"](n / most)[:3] for n in range(1, most + 1))])
     image: Any = None
     for head in range(heads):
         for n, branch in enumerate(pattern.branches):
-            axes, color = grid[head, n], ListedColormap(["white", _COLORS[n % len(_COLORS)]])
+            axes, color = grid[head, n], ListedColormap(["white", COLORS[n % len(COLORS)]])
             axes.imshow(seen[n, head].numpy(), cmap=color, vmin=0, vmax=1, interpolation="nearest")
             for border in range(branch.segment_length, rows, branch.segment_length):
                 axes.axhline(border - 0.5, color="#999999", linewidth=0.4)

@@ -1,6 +1,6 @@
 """In which order tokens lie: permutations of the sequence that keep neighbours in space close together."""
 
-from .choice import grid_ordering
+from .choice import grid_ordering, recommend_ordering
 from .coordinates import Curve, checked_curve, hilbert_order_from_coordinates, order_from_coordinates
 from .hilbert import count_jumps, hilbert_order, step_lengths
 from .ordering import HilbertOrdering
@@ -18,6 +18,7 @@ __all__ = [
     "morton_order",
     "order_from_coordinates",
     "raster_order",
+    "recommend_ordering",
     "snake_order",
     "step_lengths",
 ]

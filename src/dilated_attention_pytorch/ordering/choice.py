@@ -1,12 +1,15 @@
-"""The ordering of a grid by the name of its curve."""
+"""The ordering of a grid by the name of its curve, and which curve to take."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from .coordinates import Curve, checked_curve
+from .hilbert import checked_shape, hilbert_order
+from .locality import neighbours_inside
 from .ordering import HilbertOrdering
-from .other_orders import GRID_ORDERS
+from .other_orders import GRID_ORDERS, raster_order
 
 
 @lru_cache(maxsize=16)
@@ -31,3 +34,33 @@ def grid_ordering(curve: Curve, *shape: int, skip_first: int = 0) -> HilbertOrde
     if curve == "hilbert":
         return HilbertOrdering(shape, skip_first=skip_first)
     return HilbertOrdering(permutation=GRID_ORDERS[curve](*shape), skip_first=skip_first)
+
+
+def recommend_ordering(*shape: int, segment_lengths: Sequence[int], is_causal: bool = False) -> Curve:
+    """The order in which the shortest segments keep more neighbours in space: "hilbert", or "raster", the identity.
+
+    Neighbours are the 8 cells around a cell of a plane, the 26 in a volume; "hilbert" has to keep at least 0.02 more of
+    them, as a share of all. On photographs it then also kept more of what dense attention by content looks at; that
+    models become more accurate by it has not been seen (see the page on Hilbert orderings).
+
+    Args:
+        shape: (height, width) or (depth, height, width) of the grid of patches, tiles or voxels.
+        segment_lengths: those of the pattern, in rows of the sequence.
+        is_causal: whether attention is; along a curve a row has no past, so the answer is "raster".
+
+    Raises:
+        ValueError: a shape that is no grid, or segment lengths below 1.
+
+    >>> recommend_ordering(64, 64, segment_lengths=(256, 4096))
+    'hilbert'
+    >>> recommend_ordering(64, 64, segment_lengths=(4096,))  # one segment holds all
+    'raster'
+    """
+    sizes = checked_shape(shape)
+    if not segment_lengths or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in segment_lengths):
+        raise ValueError(f"segment_lengths is {segment_lengths!r}; give integers of at least 1")
+    if is_causal:
+        return "raster"
+    shortest = min(segment_lengths)
+    raster, hilbert = (neighbours_inside(order(*sizes), sizes, shortest) for order in (raster_order, hilbert_order))
+    return "hilbert" if hilbert >= raster + 0.02 else "raster"

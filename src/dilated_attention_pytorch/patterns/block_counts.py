@@ -27,7 +27,7 @@ def keys_of_rows(plan: BlockPlan, heads: int, *, is_causal: bool) -> Tensor:
     keys = torch.zeros(plan.counts.numel(), dtype=torch.int64, device=device)
     keys.index_add_(0, plan.entry_rows[plain], plan.key_tiles[column[plain], 3].long())
     exists = torch.arange(size, device=device) < plan.query_tiles[:, 3:]
-    total = (keys.view(-1, tiles, 1) * exists).repeat(1 if plan.per_head else groups, 1, 1)
+    total = (keys.view_as(plan.counts)[..., None] * exists).repeat(1 if plan.per_head else groups, 1, 1)
     rest, rows = (~plain).nonzero()[:, 0], total.view(-1, size)
     for head in range(1 if plan.per_head else groups):
         for entries in rest.split(max(1, _COUNTED // (size * size if plan.dilated else size))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import LongNetLM
-from .checkpoint import Checkpoint, CheckpointError, iter_tensor_problems, newest_checkpoint, read_checkpoint
+from .checkpoint import CheckpointError, iter_tensor_problems, newest_checkpoint, read_checkpoint
 from .config import RunConfig
 from .optim import Muon
 
@@ -98,7 +99,8 @@ def load_model(path: str | Path) -> LongNetLM:
     """A trained model, on the CPU in eval mode, from a run's folder or one of its checkpoints.
 
     Raises:
-        CheckpointError: nothing complete is there.
+        CheckpointError: nothing complete is there. A damaged checkpoint before which there is a complete one is a
+            warning.
 
     Example::
 
@@ -107,7 +109,9 @@ def load_model(path: str | Path) -> LongNetLM:
     """
     path = Path(path)
     root = path / "checkpoints"
-    checkpoint: Checkpoint = newest_checkpoint(root)[0] if root.is_dir() else read_checkpoint(path)
+    checkpoint, damaged = newest_checkpoint(root) if root.is_dir() else (read_checkpoint(path), [])
+    for message in damaged:
+        warnings.warn(f"{message}; the one of step {checkpoint.step} is loaded in its place", stacklevel=2)
     try:
         config = RunConfig.from_dict(checkpoint.records["run"])
         saved = checkpoint.tensors[MODEL]

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch import (
     BlockList,
+    ContentTopK,
     GlobalLocal,
     LocalWindow,
     RandomBlocks,
@@ -18,7 +19,9 @@ from dilated_attention_pytorch import (
     sparse_attention_with_lse,
 )
 from dilated_attention_pytorch.backends.arguments import checked_tensors
+from dilated_attention_pytorch.backends.sparse.gate import sparse_gate, sparse_gate_backward
 from dilated_attention_pytorch.backends.sparse.ops import sparse_backward, sparse_forward
+from dilated_attention_pytorch.backends.sparse.selection import sparse_select
 
 
 def draw(*size, seed=0, dtype=torch.float32):
@@ -65,6 +68,44 @@ def test_opcheck(name):
     plain = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in leaves)
     grads = (torch.ones_like(out), torch.ones_like(lse), *plain[:3], out, lse, *plain[3:])
     torch.library.opcheck(sparse_backward, grads, test_utils=tests[:2])
+
+
+CONTENT = ContentTopK(1, block_size=16)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "transposed", "mask", "packed", "starts"])
+def test_opcheck_of_the_choice_and_its_gate(name):
+    given = {**SETS[name], "pattern": CONTENT.code}
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    names = [argument.name for argument in sparse_select._schema.arguments]
+    choice = tuple(given[n] for n in names)
+    torch.library.opcheck(sparse_select, choice, test_utils=tests[:2])
+    lists = [sparse_select(*choice)]
+    names = [argument.name for argument in sparse_forward._schema.arguments][:-1]  # all but the backend
+    rest = tuple({**given, "lists": lists}[n] for n in names)
+    out, lse = sparse_forward(*rest, "reference")
+    gate = draw(*choice[0].shape[:1], 4, 50, 6, seed=3).requires_grad_()
+    torch.library.opcheck(sparse_gate, (gate, out, lse, *rest), test_utils=tests)
+    grads = torch.ones_like(out), torch.ones_like(lse), gate.detach(), out, lse
+    torch.library.opcheck(sparse_gate_backward, (*grads, *rest), test_utils=tests[:2])
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gate"])
+def test_a_choice_by_content_compiles_into_one_graph(gated):
+    counter = CompileCounter()
+
+    def attend(q, k, v, gate):
+        out, lse = sparse_attention_with_lse(q, k, v, CONTENT, is_causal=True, gate=gate if gated else None)
+        return out.square().sum() + lse.sum()
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    leaves = [t.requires_grad_() for t in (*(draw(1, 50, 2, 8, seed=i) for i in range(3)), draw(1, 2, 50, 4))]
+    expected = torch.autograd.grad(attend(*leaves), leaves, allow_unused=not gated)
+    got = torch.autograd.grad(compiled(*leaves), leaves, allow_unused=not gated)
+    assert counter.frame_count == 1
+    assert (got[3] is None) == (not gated)
+    for a, b in zip(got[: 3 + gated], expected[: 3 + gated], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("pattern", [BIG, LIST, Union((LOCAL, LIST), multiplicity=True)], ids=["big", "list", "sum"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class _Tile:
     kv_heads: Tensor
     query_rows: Tensor
     key_rows: Tensor
+    key_blocks: Tensor  # (key rows,) the block of its document that each key lies in
     allowed: Tensor  # (heads or 1, query rows, key rows) bool
     keep: Tensor | None  # (heads, query rows, key rows) bool, under dropout
 
@@ -99,7 +101,8 @@ def _tiles(problem: SparseProblem, mask: Tensor | None, seed: int | None, device
                         query_rows=first_query + query_rows, key_rows=key_rows,
                     )  # fmt: skip
                 yield _Tile(
-                    batch, heads, heads * shape.kv_heads // shape.heads, query_rows, key_rows, allowed, keep
+                    batch, heads, heads * shape.kv_heads // shape.heads, query_rows, key_rows,
+                    key_positions // plan.block_size, allowed, keep,
                 )  # fmt: skip
 
 
@@ -148,7 +151,17 @@ def forward(
     return out.to(query.dtype), lse
 
 
-def backward(
+class _Gradients(NamedTuple):
+    """What the backward pass of one tile comes to: P after dropout, and dS of the scaled scores."""
+
+    q: Tensor
+    k: Tensor
+    grad_out: Tensor
+    p: Tensor
+    ds: Tensor
+
+
+def _gradients(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -157,13 +170,11 @@ def backward(
     out: Tensor,
     lse: Tensor,
     problem: SparseProblem,
-    *,
-    mask: Tensor | None = None,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
+    mask: Tensor | None,
+    seed: int | None,
+) -> Iterator[tuple[_Tile, _Gradients]]:
+    """Every tile with its gradients, from the final (out, lse)."""
     acc = accumulator_dtype(query.dtype)
-    sums = [torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) for t in (query, key, value)]
     key, value = _without_masked(mask, key, value)
     delta = (grad_out.to(acc) * out.to(acc)).sum(-1)
     if grad_lse is not None:
@@ -180,10 +191,57 @@ def backward(
         if tile.keep is not None:
             factor = tile.keep.to(acc) / (1 - problem.options.dropout_p)
             dp, dropped = dp * factor, p * factor
-        ds = p * (dp - row_delta) * problem.options.scale
-        shares = (ds @ k, ds.mT @ q, dropped.mT @ do)
+        yield tile, _Gradients(q, k, do, dropped, p * (dp - row_delta))
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: SparseProblem,
+    *,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
+    acc, scale = accumulator_dtype(query.dtype), problem.options.scale
+    sums = [torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    found = _gradients(grad_out, grad_lse, query, key, value, out, lse, problem, mask, seed)
+    for tile, (q, k, do, p, ds) in found:
+        ds = ds * scale
+        shares = (ds @ k, ds.mT @ q, p.mT @ do)
         places = ((tile.query_rows, tile.heads), *((tile.key_rows, tile.kv_heads),) * 2)
         for total, share, (rows, heads) in zip(sums, shares, places, strict=True):
             # Query heads that share a key head add to the same place: accumulate, deterministically.
             total[tile.batch].index_put_((rows[None, :], heads[:, None]), share, accumulate=True)
     return sums[0].to(query.dtype), sums[1].to(query.dtype), sums[2].to(query.dtype)
+
+
+def gate_gradient(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: SparseProblem,
+    blocks: int,
+    *,
+    mask: Tensor | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """(B, H, Nq, blocks): gradient of numbers added to all scores of a row in a block, in the accumulator's dtype."""
+    shape = problem.shape
+    total = query.new_zeros(
+        shape.batch, shape.heads, shape.query_rows, blocks, dtype=accumulator_dtype(query.dtype)
+    )  # fmt: skip
+    found = _gradients(grad_out, grad_lse, query, key, value, out, lse, problem, mask, seed)
+    for tile, (_, _, _, _, ds) in found:
+        place = (tile.heads[:, None, None], tile.query_rows[:, None], tile.key_blocks)
+        total[tile.batch].index_put_(place, ds, accumulate=True)
+    return total
