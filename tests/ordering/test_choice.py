@@ -18,6 +18,7 @@ from dilated_attention_pytorch.ordering import GRID_ORDERS, grid_ordering
         ((64, 64), (4096,), "raster"),  # all neighbours are in the one segment
         ((1, 4096), (256,), "raster"),  # no second direction
         ((4096, 1), (256,), "raster"),
+        ((8, 8), (16,), "raster"),  # few cells
         ((16, 256), (1,), "raster"),  # no neighbour is in a segment of one
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,6 +11,8 @@ from .hilbert import checked_shape, hilbert_order
 from .locality import neighbours_inside
 from .ordering import HilbertOrdering
 from .other_orders import GRID_ORDERS, raster_order
+
+_FEWEST_CELLS = 1024
 
 
 @lru_cache(maxsize=16)
@@ -40,8 +43,9 @@ def recommend_ordering(*shape: int, segment_lengths: Sequence[int], is_causal: b
     """The order in which the shortest segments keep more neighbours in space: "hilbert", or "raster", the identity.
 
     Neighbours are the 8 cells around a cell of a plane, the 26 in a volume; "hilbert" has to keep at least 0.02 more of
-    them, as a share of all. On photographs it then also kept more of what dense attention by content looks at; that
-    models become more accurate by it has not been seen (see the page on Hilbert orderings).
+    them, as a share of all. On photographs (4,240 patches) it then also kept more of what dense attention by content
+    looks at. A model of 64 pixels did not become more accurate by it, so grids of fewer than 1,024 cells stay as they
+    are (see the page on Hilbert orderings).
 
     Args:
         shape: (height, width) or (depth, height, width) of the grid of patches, tiles or voxels.
@@ -59,7 +63,7 @@ def recommend_ordering(*shape: int, segment_lengths: Sequence[int], is_causal: b
     sizes = checked_shape(shape)
     if not segment_lengths or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in segment_lengths):
         raise ValueError(f"segment_lengths is {segment_lengths!r}; give integers of at least 1")
-    if is_causal:
+    if is_causal or math.prod(sizes) < _FEWEST_CELLS:
         return "raster"
     shortest = min(segment_lengths)
     raster, hilbert = (neighbours_inside(order(*sizes), sizes, shortest) for order in (raster_order, hilbert_order))
