@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..kernels import has_triton
 from . import gluon, reference, sdpa, triton
 from .problem import Problem
 
+P = TypeVar("P", contravariant=True)
 
-class Backend(Protocol):
-    """What a backend module provides."""
 
-    def unsupported(self, problem: Problem, *, backward: bool = False, grad_lse: bool = False) -> str | None: ...
+class Computes(Protocol[P]):
+    """What a backend module of problems P provides."""
 
-    def peak_bytes(self, problem: Problem, *, backward: bool = False) -> int: ...
+    def unsupported(self, problem: P, *, backward: bool = False, grad_lse: bool = False) -> str | None: ...
 
     def forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        problem: Problem,
+        problem: P,
         *,
         mask: Tensor | None = None,
         seed: int | None = None,
@@ -40,11 +41,17 @@ class Backend(Protocol):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        problem: Problem,
+        problem: P,
         *,
         mask: Tensor | None = None,
         seed: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Backend(Computes[Problem], Protocol):
+    """What a backend module provides."""
+
+    def peak_bytes(self, problem: Problem, *, backward: bool = False) -> int: ...
 
 
 _MANY_CALLS = 64
@@ -101,8 +108,7 @@ class Choice:
 
 def check_backend(name: str) -> None:
     """Raise ValueError for a name that no backend has."""
-    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
-        raise ValueError(f"backend is {name!r}; choose one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
+    check_name(name, BACKENDS)
 
 
 def choose(name: str, problem: Problem, *, backward: bool = False, grad_lse: bool = False) -> Choice:
@@ -114,16 +120,39 @@ def choose(name: str, problem: Problem, *, backward: bool = False, grad_lse: boo
         ValueError: an unknown name, or a backend asked for by name that cannot compute the problem.
     """
     check_backend(name)
+    preferred = preference(problem, backward=backward) if name == "auto" else ()
+    return Choice(*select(name, BACKENDS, preferred, problem, backward=backward, grad_lse=grad_lse))
+
+
+def check_name(name: str, backends: Mapping[str, object]) -> None:
+    """Raise ValueError for a name that is neither "auto" nor one of ``backends``."""
+    if not isinstance(name, str) or (name != "auto" and name not in backends):
+        raise ValueError(f"backend is {name!r}; choose one of {', '.join(map(repr, ('auto', *backends)))}")
+
+
+def select(
+    name: str,
+    backends: Mapping[str, Computes[P]],
+    preferred: Sequence[str],
+    problem: P,
+    *,
+    backward: bool,
+    grad_lse: bool,
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The backend for ``name``: itself, or with "auto" the first of ``preferred`` that supports the problem.
+
+    With it (backend, reason) for each that was tried in vain; ValueError for a named one that cannot compute it.
+    """
     if name != "auto":
-        reason = BACKENDS[name].unsupported(problem, backward=backward, grad_lse=grad_lse)
+        reason = backends[name].unsupported(problem, backward=backward, grad_lse=grad_lse)
         if reason:
             raise ValueError(f"backend {name!r} cannot compute this: {reason}; use backend='auto' or 'reference'")
-        return Choice(name, ())
+        return name, ()
     skipped: list[tuple[str, str]] = []
-    for candidate in preference(problem, backward=backward):
-        reason = BACKENDS[candidate].unsupported(problem, backward=backward, grad_lse=grad_lse)
+    for candidate in preferred:
+        reason = backends[candidate].unsupported(problem, backward=backward, grad_lse=grad_lse)
         if reason is None:
-            return Choice(candidate, tuple(skipped))
+            return candidate, tuple(skipped)
         skipped.append((candidate, reason))
     raise AssertionError("the reference backend takes every problem")
 
@@ -140,6 +169,6 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     absent = {
         "sdpa": all(kernel.device != kind for kernel in KERNELS),
         "gluon": kind != "cuda" or gluon.unavailable() is not None,
-        "triton": kind != "cuda" or find_spec("triton") is None,
+        "triton": kind != "cuda" or not has_triton(),
     }
     return tuple(name for name in BACKENDS if not absent.get(name, False))

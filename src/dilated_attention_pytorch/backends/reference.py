@@ -145,7 +145,7 @@ def _scores(q: Tensor, k: Tensor, block: _Block, problem: Problem, acc: torch.dt
     return scores.masked_fill_(~block.allowed, -torch.inf)
 
 
-def _without_masked(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def without_masked(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Rows that nobody may look at, as zeros: 0 * NaN would leak."""
     return tensors if mask is None else tuple(t.masked_fill(mask[:, :, None, None], 0) for t in tensors)
 
@@ -168,7 +168,7 @@ def forward(
     """
     acc = accumulator_dtype(query.dtype)
     work = matmul_dtype or acc
-    key, value = _without_masked(mask, key, value)
+    key, value = without_masked(mask, key, value)
     shape = problem.shape
     out = query.new_zeros(shape.batch, shape.query_rows, shape.heads, shape.value_dim, dtype=acc)
     lse = query.new_full(out.shape[:3], -torch.inf, dtype=acc)
@@ -219,7 +219,7 @@ def backward(
             )
             for i in everything
         ]
-    key, value = _without_masked(mask, key, value)
+    key, value = without_masked(mask, key, value)
     for branches, part_out in parts:
         delta = (grad_out.to(acc) * part_out.to(acc)).sum(-1)
         if grad_lse is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..kernels import interpreted
+from ..kernels import has_triton, interpreted
 from .problem import Problem
 from .tables import LONGEST, branch_table, capability, cell_table, covered, longest_position, pairs, tiles
 
@@ -34,7 +33,7 @@ class _Sizes:
 
 def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem, or None."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return "Triton is not installed"
     kind = torch.device(problem.device).type
     if kind != "cuda" and not (kind == "cpu" and interpreted()):

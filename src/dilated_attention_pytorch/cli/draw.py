@@ -219,7 +219,9 @@ def perimeters(order: Tensor, height: int, width: int, length: int) -> list[int]
     """
     import torch
 
-    grid = torch.nn.functional.pad(_segments(order, height, width, length), (1, 1, 1, 1), value=-1)
+    from ..ordering.locality import segment_map
+
+    grid = torch.nn.functional.pad(segment_map(order, (height, width), length), (1, 1, 1, 1), value=-1)
     count = torch.zeros(-(-len(order) // length) + 1, dtype=torch.int64)
     for one, other in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])):
         for segment in (one[one != other], other[one != other]):
@@ -227,25 +229,18 @@ def perimeters(order: Tensor, height: int, width: int, length: int) -> list[int]
     return count[1:].tolist()
 
 
-def _segments(order: Tensor, height: int, width: int, length: int) -> Tensor:
-    """(height, width) int64: the segment of every cell."""
-    import torch
-
-    segment = torch.empty_like(order)
-    segment[order] = torch.arange(len(order)) // length
-    return segment.view(height, width)
-
-
 def picture(order: Tensor, height: int, width: int, length: int, *, title: str) -> bytes:
     """A PNG with two panels: the curve, from dark to bright, and the segments."""
     from matplotlib.figure import Figure
+
+    from ..ordering.locality import segment_map
 
     tall = height / width
     size = (11.0, min(max(5.5 * tall, 2.0), 11.0) + 0.9)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_curve(left, order, width, size=5.0 / max(height, width, 1))
-    _draw_segments(right, _segments(order, height, width, length))
+    _draw_segments(right, segment_map(order, (height, width), length))
     around = perimeters(order, height, width, length)
     mean = sum(around) / len(around)
     left.set_title("the order, from dark to bright", fontsize=10)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ..training import Trainer
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -40,6 +43,17 @@ class TrainingProgress:
             expand=True,
         )
         self._task: TaskID = self._bar.add_task("", total=total_bytes, completed=done_bytes, step=f"0/{steps}")
+
+    @classmethod
+    def of(cls, console: Console, trainer: Trainer) -> Self:
+        """The progress of a run from where ``trainer`` stands."""
+        config = trainer.config
+        return cls(
+            console,
+            steps=config.training.steps,
+            total_bytes=config.trained_bytes(config.training.steps),
+            done_bytes=config.trained_bytes(trainer.step),
+        )
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -162,13 +162,7 @@ def _run(trainer: Trainer, notes: list[str], console: Console, hint: str) -> Non
     show_start(console, trainer)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    config = trainer.config
-    progress = TrainingProgress(
-        console,
-        steps=config.training.steps,
-        total_bytes=config.trained_bytes(config.training.steps),
-        done_bytes=config.trained_bytes(trainer.step),
-    )
+    progress = TrainingProgress.of(console, trainer)
     with stop_on_signal() as should_stop, progress:
         finished = trainer.train(progress, should_stop=should_stop)
     if not finished:

@@ -100,13 +100,7 @@ def _train(trainer: Trainer, team: Team, notes: list[str]) -> bool:
     console.print(f"ranks: {where}{', weights sharded (FSDP2)' if team.config.fsdp else ''}", highlight=False)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    config = trainer.config
-    progress = TrainingProgress(
-        console,
-        steps=config.training.steps,
-        total_bytes=config.trained_bytes(config.training.steps),
-        done_bytes=config.trained_bytes(trainer.step),
-    )
+    progress = TrainingProgress.of(console, trainer)
     with stop_on_signal() as should_stop, progress if team.is_main else contextlib.nullcontext():
         return trainer.train(progress, should_stop=should_stop)
 

@@ -7,26 +7,21 @@ as in selective recomputation (arXiv 2205.05198, section 5); on CUDA by one kern
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import has_triton
+
 _WIDEST = 16384
 """A row is held by one program of the kernel."""
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _on_kernel(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _WIDEST and _has_triton()
+    return x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _WIDEST and has_triton()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels import has_triton
 
 _NAME = "dilated_attention_pytorch::permute_rows"
 
@@ -28,13 +28,8 @@ def gather_rows(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.reshape(outer * rows, inner).index_select(0, flat).view(x.shape)
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _permute_rows(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-    if x.is_cuda and _has_triton():
+    if x.is_cuda and has_triton():
         from ..kernels.hilbert.triton import permute_rows as kernel
 
         return kernel(x, index, dim)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import Problem, choose
 from ..backends.philox import keep_mask
+from ..backends.reference import without_masked
 from ..memory import MemoryPool
 from ..merge import accumulator_dtype, merge_
 from .comm import Pending, Traffic, exchange
@@ -149,7 +150,7 @@ class ShardedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: int | None, job: Job
     ) -> tuple[Tensor, Tensor]:
         """All pairs of this rank's rows."""
-        key, value = _without_masked(mask, key, value)
+        key, value = without_masked(mask, key, value)
         total, lse = _attend(query, key, value, mask, seed, job)
         out = total.to(query.dtype)
         ctx.save_for_backward(query, key, value, mask, out, lse)
@@ -181,11 +182,6 @@ class ShardedAttention(torch.autograd.Function):
             sums = tuple(a.to(acc).add_(b) for a, b in zip(sums, found, strict=True)) if sums else found
         dq, dk, dv = (total.to(query.dtype) for total in sums)
         return dq, dk, dv, None, None, None
-
-
-def _without_masked(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows that nobody may look at, as zeros: 0 * NaN would leak."""
-    return tensors if mask is None else tuple(t.masked_fill(mask[:, :, None, None], 0) for t in tensors)
 
 
 def _differentiate(

@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
+from ..dispatch import Computes, check_name, select
 from . import reference, sdpa, triton
 from .problem import SparseProblem
 
-
-class SparseBackend(Protocol):
-    """What a backend module provides."""
-
-    def unsupported(self, problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False) -> str | None: ...
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        problem: SparseProblem,
-        *,
-        mask: Tensor | None = None,
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        problem: SparseProblem,
-        *,
-        mask: Tensor | None = None,
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-SPARSE_BACKENDS: dict[str, SparseBackend] = {"sdpa": sdpa, "triton": triton, "reference": reference}
+SPARSE_BACKENDS: dict[str, Computes[SparseProblem]] = {"sdpa": sdpa, "triton": triton, "reference": reference}
 """Every backend of block-sparse attention."""
 
 
@@ -54,34 +19,13 @@ def preference(device: str) -> tuple[str, ...]:
 
 def check_sparse_backend(name: str) -> None:
     """Raise ValueError for a name that no backend of block-sparse attention has."""
-    if not isinstance(name, str) or (name != "auto" and name not in SPARSE_BACKENDS):
-        raise ValueError(f"backend is {name!r}; choose one of {', '.join(map(repr, ('auto', *SPARSE_BACKENDS)))}")
+    check_name(name, SPARSE_BACKENDS)
 
 
-def choose_sparse(name: str, problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False) -> str:
-    """The backend for ``name``: itself, or with "auto" the first one that supports the problem.
-
-    Raises:
-        ValueError: an unknown name, or a backend asked for by name that cannot compute the problem.
-    """
+def choose_sparse(
+    name: str, problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The backend for ``name``, and (backend, reason) for each that "auto" tried in vain; see `dispatch.select`."""
     check_sparse_backend(name)
-    if name != "auto":
-        reason = SPARSE_BACKENDS[name].unsupported(problem, backward=backward, grad_lse=grad_lse)
-        if reason:
-            raise ValueError(f"backend {name!r} cannot compute this: {reason}; use backend='auto' or 'reference'")
-        return name
-    passed = passed_over(problem, backward=backward, grad_lse=grad_lse)
-    return preference(problem.device)[len(passed)]
-
-
-def passed_over(
-    problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False
-) -> tuple[tuple[str, str], ...]:
-    """(backend, reason) for each that "auto" tries in vain; the next one computes the problem."""
-    found: list[tuple[str, str]] = []
-    for candidate in preference(problem.device):
-        reason = SPARSE_BACKENDS[candidate].unsupported(problem, backward=backward, grad_lse=grad_lse)
-        if reason is None:
-            return tuple(found)
-        found.append((candidate, reason))
-    raise AssertionError("the reference backend takes every problem")
+    preferred = preference(problem.device)
+    return select(name, SPARSE_BACKENDS, preferred, problem, backward=backward, grad_lse=grad_lse)

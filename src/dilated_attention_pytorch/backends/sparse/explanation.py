@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...patterns.block_counts import keys_of_rows
-from .dispatch import choose_sparse, passed_over
+from .dispatch import choose_sparse
 from .problem import SparseProblem
 
 
@@ -68,8 +68,8 @@ class SparseExplanation:
 
 def explain_problem(problem: SparseProblem, backend: str) -> SparseExplanation:
     """The numbers of one problem; ValueError where ``backend`` cannot compute it."""
-    chosen = choose_sparse(backend, problem)
-    backwards = choose_sparse(backend, problem, backward=True)
+    chosen, skipped = choose_sparse(backend, problem)
+    backwards, _ = choose_sparse(backend, problem, backward=True)
     shape, plan, is_causal = problem.shape, problem.plan, problem.options.is_causal
     keys = keys_of_rows(plan, shape.heads, is_causal=is_causal)
     alike = shape.heads // keys.shape[0]
@@ -84,7 +84,7 @@ def explain_problem(problem: SparseProblem, backend: str) -> SparseExplanation:
     return SparseExplanation(
         backend=chosen,
         backend_backward=backwards,
-        skipped=passed_over(problem) if backend == "auto" else (),
+        skipped=skipped,
         block_size=plan.block_size,
         shared_lists=not plan.per_head,
         blocks=entries * (shape.heads // lists),

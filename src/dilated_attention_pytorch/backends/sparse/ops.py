@@ -67,7 +67,7 @@ def _forward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
         dropout_p,
     )  # fmt: skip
-    chosen = SPARSE_BACKENDS[choose_sparse(backend, problem)]
+    chosen = SPARSE_BACKENDS[choose_sparse(backend, problem)[0]]
     with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.forward(
             query, key, value, problem, mask=key_padding_mask, seed=None if seed is None else int(seed.item())
@@ -99,7 +99,7 @@ def _backward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
         dropout_p,
     )  # fmt: skip
-    chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)]
+    chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)[0]]
     # A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further.
     empty = lse == -torch.inf
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty, 0)

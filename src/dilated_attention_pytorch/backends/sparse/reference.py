@@ -16,6 +16,7 @@ from torch import Tensor
 from ...merge import accumulator_dtype, merge_
 from ...patterns.blocks import BlockPlan, spread
 from ..philox import keep_mask
+from ..reference import without_masked
 from .problem import SparseProblem
 
 
@@ -115,11 +116,6 @@ def _scores(q: Tensor, k: Tensor, tile: _Tile, problem: SparseProblem, acc: torc
     return ((q @ k.mT).to(acc) * problem.options.scale).masked_fill_(~tile.allowed, -torch.inf)
 
 
-def _without_masked(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows that nobody may look at, as zeros: 0 * NaN would leak."""
-    return tensors if mask is None else tuple(t.masked_fill(mask[:, :, None, None], 0) for t in tensors)
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -131,7 +127,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, Nq, H, Dv), lse (B, Nq, H))."""
     acc = accumulator_dtype(query.dtype)
-    key, value = _without_masked(mask, key, value)
+    key, value = without_masked(mask, key, value)
     shape = problem.shape
     out = query.new_zeros(shape.batch, shape.query_rows, shape.heads, shape.value_dim, dtype=acc)
     lse = query.new_full(out.shape[:3], -torch.inf, dtype=acc)
@@ -175,7 +171,7 @@ def _gradients(
 ) -> Iterator[tuple[_Tile, _Gradients]]:
     """Every tile with its gradients, from the final (out, lse)."""
     acc = accumulator_dtype(query.dtype)
-    key, value = _without_masked(mask, key, value)
+    key, value = without_masked(mask, key, value)
     delta = (grad_out.to(acc) * out.to(acc)).sum(-1)
     if grad_lse is not None:
         delta -= grad_lse.to(acc)
