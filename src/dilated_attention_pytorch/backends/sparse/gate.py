@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import _register, no_autocast
 from . import reference
-from .ops import _refuse, sparse_problem
+from .ops import _refuse, sparse_problem, without_empty_rows
 
 
 def check_gate(gate: Any, query: Tensor, backend: str) -> None:
@@ -88,11 +88,10 @@ def _gate_backward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
         dropout_p,
     )  # fmt: skip
-    empty = lse == -torch.inf  # such a row is constant
-    grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty, 0)
+    grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
     with torch.cuda.device_of(query), no_autocast(query.device.type):
         return reference.gate_gradient(
-            grad_out.masked_fill(empty.unsqueeze(-1), 0), grad_lse, query, key, value, out, lse, problem,
+            grad_out, grad_lse, query, key, value, out, lse, problem,
             gate.shape[3], mask=key_padding_mask, seed=None if seed is None else int(seed.item()),
         ).to(gate.dtype)  # fmt: skip
 

@@ -46,6 +46,12 @@ def sparse_problem(
     )  # fmt: skip
 
 
+def without_empty_rows(grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further."""
+    empty = lse == -torch.inf
+    return grad_out.masked_fill(empty.unsqueeze(-1), 0), None if grad_lse is None else grad_lse.masked_fill(empty, 0)
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -100,10 +106,7 @@ def _backward(
         dropout_p,
     )  # fmt: skip
     chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)[0]]
-    # A row without keys is constant: what reaches it (NaN from a logaddexp of two -inf, say) goes no further.
-    empty = lse == -torch.inf
-    grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty, 0)
-    grad_out = grad_out.masked_fill(empty.unsqueeze(-1), 0)
+    grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
     with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,
