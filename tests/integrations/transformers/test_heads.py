@@ -88,7 +88,8 @@ def test_logits_loss_and_weights_are_those_of_the_library_model(variant: str) ->
     output = model(tokens, labels=tokens, output_hidden_states=True)
     assert torch.equal(output.logits, lm(tokens))
     torch.testing.assert_close(output.loss, lm.loss(tokens[:, :-1], tokens[:, 1:]).to(output.loss), rtol=1e-5, atol=0)
-    assert torch.equal(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:])
+    # A product of fewer rows may be summed in another order, on some processors.
+    torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:], rtol=1e-12, atol=1e-13)
     assert len(output.hidden_states) == 3
     torch.testing.assert_close(lm.logits(lm.norm(output.hidden_states[-1])), output.logits)
     back = model.to_longnet_lm()

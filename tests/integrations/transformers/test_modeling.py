@@ -72,9 +72,11 @@ def test_a_new_model_begins_as_the_library_model_does() -> None:
 
 def test_the_vocabulary_can_be_resized() -> None:
     model, tokens = build("tied"), draw(1, 20)
-    before = model(tokens).logits
+    before, embedding = model(tokens).logits, model.get_input_embeddings().weight.detach().clone()
     model.resize_token_embeddings(53)
-    assert torch.equal(model(tokens).logits[..., :50], before)
+    assert torch.equal(model.get_input_embeddings().weight[:50], embedding)
+    # A product with more columns may be summed in another order, on some processors.
+    torch.testing.assert_close(model(tokens).logits[..., :50], before, rtol=1e-12, atol=1e-13)
     assert model.to_longnet_lm().config.vocab_size == model.config.vocab_size == 53
     assert isinstance(model.get_output_embeddings(), nn.Linear)
     with refused("vocab_size is 53"):
