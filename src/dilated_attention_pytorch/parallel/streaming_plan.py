@@ -72,6 +72,8 @@ class Tile:
     branch: int
     blocks: tuple[Block, ...]
     rectangles: tuple[Rectangle, ...]
+    segment: tuple[int, int] = (0, 0)
+    """First key row of the segment, and the one behind its last."""
 
     @property
     def rows(self) -> int:
@@ -176,14 +178,15 @@ def tiles(
                     keys = a, min(stop, a + span)
                     found = _tile(pattern, shape, segment, r, queries, keys)
                     if found.rectangles:
-                        # From positions to rows: of the chunk for queries, of the whole for keys.
-                        yield _moved(found, index, branch, chunk, d.row - d.position)
+                        whole = max(segment, d.position), min(segment + w, d.position + d.rows)
+                        yield _moved(found, index, branch, chunk, d.row - d.position, whole)
 
 
-def _moved(tile: Tile, index: int, branch: int, chunk: Chunk, origin: int) -> Tile:
+def _moved(tile: Tile, index: int, branch: int, chunk: Chunk, origin: int, segment: tuple[int, int]) -> Tile:
+    """From positions to rows: of the chunk for queries, of the whole for keys."""
     blocks = tuple(replace(block, row=block.row + origin) for block in tile.blocks)
     rectangles = tuple(replace(r, row=r.row + origin - chunk.row) for r in tile.rectangles)
-    return Tile(index, chunk.batch, branch, blocks, rectangles)
+    return Tile(index, chunk.batch, branch, blocks, rectangles, (segment[0] + origin, segment[1] + origin))
 
 
 class _Item(NamedTuple):

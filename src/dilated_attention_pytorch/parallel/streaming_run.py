@@ -52,6 +52,20 @@ def host_tensor(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, zer
     return make(shape, dtype=dtype, pin_memory=like.is_pinned())
 
 
+def branch_alone(problem: Problem, index: int) -> Problem:
+    """A branch of the whole call, which draws its part of the dropout mask."""
+    part = Part(problem.shape.heads, 0, ((0, problem.shape.key_rows),), index)
+    return replace(problem.branch(index), part=part)
+
+
+def chunk_alone(problem: Problem, chunk: Chunk, *, masked: bool, part: Part | None = None) -> Problem:
+    """A chunk's own pairs."""
+    shape = replace(problem.shape, batch=chunk.batches, query_rows=chunk.rows, key_rows=chunk.rows)
+    documents = own_documents(problem.documents, chunk, problem.pattern, zeros=problem.options.padding == "zeros")
+    options = replace(problem.options, mixing_grad="exact")
+    return replace(problem, shape=shape, options=options, documents=documents, has_mask=masked, fold=True, part=part)
+
+
 class Run:
     """What the two directions share: the feeds of a pass over the tensors on the host."""
 
@@ -114,17 +128,11 @@ class Run:
 
     def own(self, chunk: Chunk, *, masked: bool) -> Problem:
         """A chunk alone."""
-        problem = self.problem
-        shape = replace(problem.shape, batch=chunk.batches, query_rows=chunk.rows, key_rows=chunk.rows)
-        documents = own_documents(problem.documents, chunk, problem.pattern, zeros=problem.options.padding == "zeros")
-        options = replace(problem.options, mixing_grad="exact")
         part = None
         if self.job.seed is not None:  # batch rows count as heads: entry 0 of the chunk is not that of the whole
-            rows = ((chunk.row, chunk.row + chunk.rows),)
-            part = Part(shape.heads, chunk.batch * shape.heads, rows, self.first_branch)
-        return replace(
-            problem, shape=shape, options=options, documents=documents, has_mask=masked, fold=True, part=part
-        )
+            rows, heads = ((chunk.row, chunk.row + chunk.rows),), self.problem.shape.heads
+            part = Part(heads, chunk.batch * heads, rows, self.first_branch)
+        return chunk_alone(self.problem, chunk, masked=masked, part=part)
 
     def tiles_of(self, index: int) -> Iterator[Loaded[Tile]]:
         """The tiles of a chunk, each while the next one is on its way."""

@@ -1,0 +1,54 @@
+"""Sums of gradients across chunks: where they lie, how much they take, and that they join once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import Streaming, dilated_attention
+from dilated_attention_pytorch.parallel import streaming_attention
+from dilated_attention_pytorch.parallel.streaming_plan import Block, Tile
+from dilated_attention_pytorch.parallel.streaming_sums import KeySums
+
+
+def test_shares_of_two_tiles_add_up_on_the_active_rows_of_the_segment():
+    sums = KeySums((2, 3), torch.float32)
+    first = Block(kv_head=1, row=12, rows=3, rate=4, start=0)  # rows 12, 16, 20 of the segment 10 to 31
+    second = Block(kv_head=1, row=20, rows=2, rate=4, start=0, shown=torch.tensor([0, 2]))  # 20 and 28, 24 is hidden
+    for block, number in ((first, 1.0), (second, 10.0)):
+        tile = Tile(0, 0, 0, (block,), (), (10, 31))
+        for place in sums.rows(tile, block):
+            place += number
+    totals = [torch.zeros(1, 40, 2, dim) for dim in (2, 3)]
+    sums.join(totals)
+    expected = torch.zeros(40)
+    expected[[12, 16, 20]] += 1
+    expected[[20, 24, 28]] += 10
+    for total in totals:
+        assert torch.equal(total[0, :, 1], expected[:, None].expand(-1, total.shape[3]))
+        assert not total[0, :, 0].any()
+    sums.join(totals)  # nothing is left to add
+    assert float(totals[0].sum()) == 2 * 33
+
+
+@pytest.mark.parametrize(("lengths", "rates", "share"), [((64, 4096), (1, 16), 1 / 16), ((64, 256), (1, 2), 0)])
+def test_only_active_rows_of_cut_segments_are_summed_apart(monkeypatch, lengths, rates, share):
+    made: list[KeySums] = []
+
+    class Seen(KeySums):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+        def join(self, totals):
+            self.numbers = sum(one.numel() for pair in self._sums.values() for one in pair)
+            super().join(totals)
+
+    monkeypatch.setattr(streaming_attention, "KeySums", Seen)
+    query, key, value = (torch.randn(1, 2048, 4, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = dilated_attention(
+        query, key, value, lengths, rates, parallel=Streaming("cpu", memory_budget=1 << 30, chunk=512)
+    )
+    grads = torch.autograd.grad(out.float().square().sum(), (query, key, value))
+    assert [one.numbers for one in made] == [share * 2 * key.numel()]
+    assert all(grad.dtype == torch.bfloat16 for grad in grads)
