@@ -1,6 +1,7 @@
-"""Memory pools on recorded work: a ring, a ring of mixed lengths, streaming, training; and acquire beside torch.empty.
+"""Memory pools on recorded work: a ring, a ring of mixed lengths, streaming, training; in whole steps of a ring and of
+streaming; and acquire beside torch.empty. For streaming on a GPU see `streaming.py --pools`.
 
-python benchmarks/memory.py [--repeats 9] [--latency-only] [--output benchmarks/results/memory.json]
+python benchmarks/memory.py [--only latency|end_to_end|traces] [--output benchmarks/results/memory.json]
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.spawn import spawn
 
-from common import ROOT, save
-from dilated_attention_pytorch import Streaming, dilated_attention
+from common import ROOT, median_ratio, save
+from dilated_attention_pytorch import ContextParallel, Streaming, dilated_attention
 from dilated_attention_pytorch.cli.memory_record import RECORDERS, Workload, lengths
 from dilated_attention_pytorch.memory import SimplePool, read_trace, replay
 from dilated_attention_pytorch.memory.compare import CONTENDERS, compare
@@ -63,51 +67,114 @@ def _cycle(pool: Any) -> Callable[[], object]:
     return lambda: pool.acquire((BYTES,), torch.uint8, cpu).release()
 
 
-def end_to_end(repeats: int) -> dict[str, float]:
-    """Median seconds of a forward and backward pass of streaming on the CPU with each pool, in turn."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(1, 4096, 8, 64, requires_grad=True) for _ in range(3)]
+def _attend(parallel: Any, tensors: list[torch.Tensor]) -> float:
+    """Seconds of a forward and backward pass."""
+    start = time.perf_counter()
     lengths_and_rates = SHAPE["segment_lengths"], SHAPE["dilation_rates"]
-    streams = {name: Streaming("cpu", memory_budget=1 << 24, pool=make(None)) for name, make in CONTENDERS.items()}
+    dilated_attention(*tensors, *lengths_and_rates, parallel=parallel).sum().backward()
+    return time.perf_counter() - start
+
+
+def _inputs(rows: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, rows, SHAPE["heads"], SHAPE["head_dim"]) for _ in range(3)]
+
+
+def streaming_on_cpu(rows: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """Steps of streaming on the CPU with each pool, in turn: see `_effect`."""
+    pools = {name: make(None) for name, make in CONTENDERS.items()}
+    streams = {name: Streaming("cpu", memory_budget=1 << 24, pool=pool) for name, pool in pools.items()}
     times: dict[str, list[float]] = {name: [] for name in streams}
-    for turn in range(repeats + 1):
+    for n in rows:
+        tensors = [t.requires_grad_() for t in _inputs(n)]
         for name, parallel in streams.items():
-            start = time.perf_counter()
-            dilated_attention(*tensors, *lengths_and_rates, parallel=parallel).sum().backward()
-            if turn:  # the first fills the pools
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+            times[name].append(_attend(parallel, tensors))
+    return _effect(times, pools)
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/memory.json")
-    parser.add_argument("--latency-only", action="store_true", help="Measure that part again and keep the others.")
-    arguments = parser.parse_args()
-    if arguments.latency_only:
-        kept = json.loads(arguments.output.read_text())["results"]
-        save(arguments.output, {**kept, "microseconds_of_1_MiB": latency()}, quiet=True)
-        return
-    found: dict[str, Any] = {
-        "microseconds_of_1_MiB": latency(),
-        "seconds_of_streaming": end_to_end(arguments.repeats),
-        "traces": {},
+def ring_on_gloo(rows: tuple[int, ...], ranks: int = 2) -> dict[str, dict[str, float]]:
+    """Steps of a ring of processes on the CPU with each pool, in turn: see `_effect`; memory is that of rank 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_ring_rank, (rows, ranks, folder), nprocs=ranks)
+        return json.loads((Path(folder) / "found.json").read_text())
+
+
+def _ring_rank(rank: int, rows: tuple[int, ...], ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks,))
+    pools = {name: make(None) for name, make in CONTENDERS.items()}
+    rings = {name: ContextParallel(mesh, strategy="ring", timeout=300.0, pool=pool) for name, pool in pools.items()}
+    times: dict[str, list[float]] = {name: [] for name in rings}
+    for n in rows:
+        whole = _inputs(n)
+        for name, parallel in rings.items():
+            tensors = [parallel.shard(t, 1).requires_grad_() for t in whole]
+            dist.barrier()
+            times[name].append(_attend(parallel, tensors))
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(_effect(times, pools)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _effect(times: dict[str, list[float]], pools: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By pool: seconds of a step against those of "simple" (median of the ratios of equal steps from the third on),
+    their median, bytes held at the peak, and requests that took new memory."""
+    seconds = {name: found[2:] for name, found in times.items()}
+    return {
+        name: {
+            "over_simple": median_ratio(found, seconds["simple"]),
+            "seconds": statistics.median(found),
+            "peak": pools[name].stats().peak,
+            "new": pools[name].stats().misses,
+            "requests": pools[name].stats().requests,
+        }
+        for name, found in seconds.items()
     }
+
+
+def end_to_end() -> dict[str, dict[str, dict[str, float]]]:
+    """The effect of each pool on whole steps."""
+    same, mixed = lengths(2048, 2048, 7), lengths(500, 2000, 12)
+    return {
+        "streaming": streaming_on_cpu(same),
+        "streaming, mixed lengths": streaming_on_cpu(mixed),
+        "ring": ring_on_gloo(same),
+        "ring, mixed lengths": ring_on_gloo(mixed),
+    }
+
+
+def traces(repeats: int = 9) -> dict[str, Any]:
+    """Recorded work replayed through each pool."""
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (what, given) in WORK.items():
             path = Path(folder) / "trace.jsonl"
             RECORDERS[what](Workload(**{**SHAPE, **given}), path)
             trace = read_trace(path)
-            compared = compare(trace, repeats=arguments.repeats)
+            compared = compare(trace, repeats=repeats)
             for row in compared["pools"]:
                 del row["samples"]
                 warm = CONTENDERS[row["pool"]](None)
                 replay(trace, warm, samples=0)
                 row["misses_of_first_step_after_a_replay"] = replay(trace, warm, samples=0).misses_by_step[0]
-            found["traces"][name] = compared
-    save(arguments.output, found, quiet=True)
+            found[name] = compared
+    return found
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/memory.json")
+    parser.add_argument("--only", choices=("latency", "end_to_end", "traces"), help="measure this, keep the others")
+    arguments = parser.parse_args()
+    parts: dict[str, Callable[[], Any]] = {"latency": latency, "end_to_end": end_to_end, "traces": traces}
+    kept = json.loads(arguments.output.read_text())["results"] if arguments.only else {}
+    for name, measure in parts.items():
+        if arguments.only in (None, name):
+            kept[name] = measure()
+    save(arguments.output, kept, quiet=True)
 
 
 if __name__ == "__main__":
