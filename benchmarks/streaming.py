@@ -116,6 +116,7 @@ def resident(
     device: torch.device,
     repeats: int,
     got: dict[str, Tensor],
+    backend: str = "auto",
 ) -> dict[str, Any]:
     """Seconds of the operator on the first ``rows`` rows on the device, extrapolated by the number of pairs; and, where
     these are all rows, the largest difference of ``got`` from its result, for each tensor.
@@ -128,7 +129,7 @@ def resident(
 
     def run() -> None:
         kept[0] = {}
-        kept[0] = attend(near, pattern, backward="dq" in got)
+        kept[0] = attend(near, pattern, backward="dq" in got, backend=backend)
 
     heads, dim = near[0].shape[2:]
     scale = pairs(pattern, tensors[0].shape[1], heads, dim) / pairs(pattern, rows, heads, dim)
@@ -205,7 +206,7 @@ def run_direction(
 
     def run() -> None:
         last.clear()  # its page-locked memory is used again
-        last.update(attend(tensors, pattern, backward=backward, parallel=streaming))
+        last.update(attend(tensors, pattern, backward=backward, backend=given.backend, parallel=streaming))
 
     before, moved = 0, replace(streaming.moved)
     if device.type == "cuda":
@@ -219,7 +220,8 @@ def run_direction(
         for name in ("chunks", "tiles", "bytes_in", "bytes_out")
     }
     rows = tensors[0].shape[1]
-    reference = resident(tensors, pattern, min(rows, given.resident_rows or rows), device, given.repeats, last)
+    most = min(rows, given.resident_rows or rows)
+    reference = resident(tensors, pattern, most, device, given.repeats, last, given.backend)
     transfer = max(counts["bytes_in"] / copies["to_device"], counts["bytes_out"] / copies["to_host"])
     best = min(times[1:])
     return {
@@ -240,7 +242,8 @@ def run_pools(
 ) -> dict[str, Any]:
     """Median seconds with each kind of pool, in turn; new memory after the second call; most bytes on the device."""
     device, budget = torch.device(given.device), int(given.budget_gib * 2**30)
-    pools: dict[str, Any] = {"own": None, **{name: make(None) for name, make in CONTENDERS.items()}}
+    kinds = ("simple", "adaptive", "bucketing", "fragmentation")
+    pools: dict[str, Any] = {"own": None, **{name: CONTENDERS[name](None) for name in kinds}}
     if device.type == "cuda":
         pools["fragmentation, mem_pool"] = create_memory_pool("adaptive", device=device, backing="mem_pool")
     streams = {name: Streaming(device, memory_budget=budget, pool=pool) for name, pool in pools.items()}
@@ -253,7 +256,7 @@ def run_pools(
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device) - (pools[name].stats().held if pools[name] else 0)
             start = time.perf_counter()
-            attend(tensors, pattern, backward=backward, parallel=streaming)
+            attend(tensors, pattern, backward=backward, backend=given.backend, parallel=streaming)
             synchronize(device)
             if turn > 1:
                 times[name].append(time.perf_counter() - start)
@@ -297,6 +300,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "head_dim": dim,
         "segment_lengths": segments,
         "dilation_rates": rates,
+        "backend": given.backend,
         "pinned": not given.pageable,
         "budget_bytes": budget,
         "qkv_bytes": given_bytes,
@@ -322,6 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pattern", choices=("near", "far"), default="far")
     parser.add_argument("--segments", help="segment lengths with commas between them, instead of --pattern")
     parser.add_argument("--rates", help="the dilation rates that go with --segments")
+    parser.add_argument("--backend", default="auto", help="of a chunk's own pairs, and of the resident operator")
     parser.add_argument("--backward", action="store_true", help="forward and backward, too")
     parser.add_argument("--pageable", action="store_true", help="inputs in memory that is not page-locked")
     parser.add_argument("--pools", action="store_true", help="compare kinds of pools, too")
