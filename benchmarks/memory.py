@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
-from common import ROOT, median_ratio, save
+from common import ROOT, save
 from dilated_attention_pytorch import ContextParallel, Streaming, dilated_attention
 from dilated_attention_pytorch.cli.memory_record import RECORDERS, Workload, lengths
 from dilated_attention_pytorch.memory import SimplePool, read_trace, replay
@@ -80,23 +81,23 @@ def _inputs(rows: int) -> list[torch.Tensor]:
     return [torch.randn(1, rows, SHAPE["heads"], SHAPE["head_dim"]) for _ in range(3)]
 
 
+ROUNDS = 5
+
+
 def streaming_on_cpu(rows: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """Steps of streaming on the CPU with each pool, in turn: see `_effect`."""
+    """Steps of streaming on the CPU with each pool: see `_rounds`."""
     pools = {name: make(None) for name, make in CONTENDERS.items()}
     streams = {name: Streaming("cpu", memory_budget=1 << 24, pool=pool) for name, pool in pools.items()}
-    times: dict[str, list[float]] = {name: [] for name in streams}
-    for n in rows:
-        tensors = [t.requires_grad_() for t in _inputs(n)]
-        for name, parallel in streams.items():
-            times[name].append(_attend(parallel, tensors))
-    return _effect(times, pools)
+    inputs = [[t.requires_grad_() for t in _inputs(n)] for n in rows]
+    return _rounds(pools, [{name: partial(_attend, one, t) for name, one in streams.items()} for t in inputs])
 
 
 def ring_on_gloo(rows: tuple[int, ...], ranks: int = 2) -> dict[str, dict[str, float]]:
-    """Steps of a ring of processes on the CPU with each pool, in turn: see `_effect`; memory is that of rank 0."""
+    """Steps of a ring of processes on the CPU with each pool: see `_rounds`; times and memory are rank 0's."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_ring_rank, (rows, ranks, folder), nprocs=ranks)
-        return json.loads((Path(folder) / "found.json").read_text())
+        found: dict[str, dict[str, float]] = json.loads((Path(folder) / "found.json").read_text())
+    return found
 
 
 def _ring_rank(rank: int, rows: tuple[int, ...], ranks: int, folder: str) -> None:
@@ -105,38 +106,53 @@ def _ring_rank(rank: int, rows: tuple[int, ...], ranks: int, folder: str) -> Non
     mesh = init_device_mesh("cpu", (ranks,))
     pools = {name: make(None) for name, make in CONTENDERS.items()}
     rings = {name: ContextParallel(mesh, strategy="ring", timeout=300.0, pool=pool) for name, pool in pools.items()}
-    times: dict[str, list[float]] = {name: [] for name in rings}
-    for n in rows:
-        whole = _inputs(n)
-        for name, parallel in rings.items():
-            tensors = [parallel.shard(t, 1).requires_grad_() for t in whole]
-            dist.barrier()
-            times[name].append(_attend(parallel, tensors))
+    whole = {n: _inputs(n) for n in rows}
+
+    def step(name: str, n: int) -> float:
+        tensors = [rings[name].shard(t, 1).requires_grad_() for t in whole[n]]
+        dist.barrier()
+        return _attend(rings[name], tensors)
+
+    found = _rounds(pools, [{name: partial(step, name, n) for name in rings} for n in rows])
     if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(_effect(times, pools)))
+        (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _effect(times: dict[str, list[float]], pools: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By pool: seconds of a step against those of "simple" (median of the ratios of equal steps from the third on),
-    their median, bytes held at the peak, and requests that took new memory."""
-    seconds = {name: found[2:] for name, found in times.items()}
+def _rounds(pools: dict[str, Any], steps: list[dict[str, Callable[[], float]]]) -> dict[str, dict[str, float]]:
+    """Run the steps with every pool in turn, all of them several times.
+
+    By pool: seconds of all steps, of each the least of the rounds after the first, for other work on the machine only
+    ever adds; those over the seconds of "simple"; bytes held at the peak; and requests that took new memory, in all
+    and after the first round.
+    """
+    times: dict[str, list[list[float]]] = {name: [[] for _ in steps] for name in pools}
+    first: dict[str, int] = {}
+    for turn in range(ROUNDS):
+        for number, functions in enumerate(steps):
+            for name, function in functions.items():
+                times[name][number].append(function())
+        if not turn:
+            first = {name: pool.stats().misses for name, pool in pools.items()}
+    seconds = {name: sum(min(one[1:]) for one in found) for name, found in times.items()}
+    stats = {name: pool.stats() for name, pool in pools.items()}
     return {
         name: {
-            "over_simple": median_ratio(found, seconds["simple"]),
-            "seconds": statistics.median(found),
-            "peak": pools[name].stats().peak,
-            "new": pools[name].stats().misses,
-            "requests": pools[name].stats().requests,
+            "seconds": took,
+            "over_simple": took / seconds["simple"],
+            "peak": stats[name].peak,
+            "requests": stats[name].requests,
+            "new": stats[name].misses,
+            "new_after_first_round": stats[name].misses - first[name],
         }
-        for name, found in seconds.items()
+        for name, took in seconds.items()
     }
 
 
 def end_to_end() -> dict[str, dict[str, dict[str, float]]]:
     """The effect of each pool on whole steps."""
-    same, mixed = lengths(2048, 2048, 7), lengths(500, 2000, 12)
+    same, mixed = (2048,), lengths(500, 2000, 6)
     return {
         "streaming": streaming_on_cpu(same),
         "streaming, mixed lengths": streaming_on_cpu(mixed),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -328,6 +330,30 @@ def test_leases_come_back_also_after_an_error(monkeypatch, backward):
     requests, hits = pool.stats().requests, pool.stats().hits
     assert violations_of(case, streaming) == []
     assert pool.stats().requests - requests == pool.stats().hits - hits  # the same sizes: nothing new is allocated
+
+
+def test_buffers_are_gone_with_the_call_not_with_the_garbage_collector(monkeypatch):
+    case, streaming, seen = make("straddling", batch=1), Streaming("cpu", memory_budget=BIG, chunk=13), []
+    real = SimplePool.acquire
+
+    def acquire(*args, **options):
+        lease = real(*args, **options)
+        seen.append(weakref.ref(lease.tensor.untyped_storage()))
+        return lease
+
+    monkeypatch.setattr(SimplePool, "acquire", acquire)
+    gc.collect()
+    gc.disable()
+    try:
+        query, key, value, grad_out, _ = case.tensors()
+        out, _ = attend(case, streaming, query.requires_grad_(), key, value)
+        assert len(seen) == 2  # chunks and tiles
+        assert [one() for one in seen] == [None, None]
+        out.backward(grad_out)
+        assert len(seen) == 4
+        assert [one() for one in seen] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_a_pool_with_too_small_a_budget_says_so_and_gets_everything_back():

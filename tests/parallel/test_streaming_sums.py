@@ -7,7 +7,7 @@ import torch
 
 from dilated_attention_pytorch import Streaming, dilated_attention
 from dilated_attention_pytorch.parallel import streaming_attention
-from dilated_attention_pytorch.parallel.streaming_plan import Block, Tile
+from dilated_attention_pytorch.parallel.streaming_plan import Block, BlockRun, Tile, block_runs, rows_of_run
 from dilated_attention_pytorch.parallel.streaming_sums import KeySums
 
 
@@ -17,7 +17,7 @@ def test_shares_of_two_tiles_add_up_on_the_active_rows_of_the_segment():
     second = Block(kv_head=1, row=20, rows=2, rate=4, start=0, shown=torch.tensor([0, 2]))  # 20 and 28, 24 is hidden
     for block, number in ((first, 1.0), (second, 10.0)):
         tile = Tile(0, 0, 0, (block,), (), (10, 31))
-        for place in sums.rows(tile, block):
+        for place in sums.rows(tile, BlockRun(block, 1, 0, 0)):
             place += number
     totals = [torch.zeros(1, 40, 2, dim) for dim in (2, 3)]
     sums.join(totals)
@@ -29,6 +29,30 @@ def test_shares_of_two_tiles_add_up_on_the_active_rows_of_the_segment():
         assert not total[0, :, 0].any()
     sums.join(totals)  # nothing is left to add
     assert float(totals[0].sum()) == 2 * 33
+
+
+def test_blocks_that_advance_evenly_move_together():
+    # Rows 13, 14, 15 of heads 0, 1, 2 in a segment that begins at 12; head 3 begins later, head 4 is shorter.
+    rows = ((0, 13, 4), (1, 14, 4), (2, 15, 4), (3, 20, 4), (4, 17, 3))
+    blocks = tuple(Block(head, row, count, 4, 4 * head) for head, row, count in rows)
+    tile = Tile(0, 0, 0, blocks, (), (12, 31))
+    runs = list(block_runs(tile))
+    assert [(run.first.kv_head, run.blocks, run.head_step, run.row_step) for run in runs] == [
+        (0, 3, 1, 1),
+        (3, 1, 0, 0),
+        (4, 1, 0, 0),
+    ]
+    keys = torch.randn(1, 40, 5, 2)
+    moved = rows_of_run(keys, 0, runs[0])
+    assert torch.equal(moved, torch.stack([keys[0, row : row + 13 : 4, head] for head, row, _ in rows[:3]]))
+    sums = KeySums((2, 2), torch.float32)
+    for place in sums.rows(tile, runs[0]):
+        place += moved
+    totals = [torch.zeros_like(keys), torch.zeros_like(keys)]
+    sums.join(totals)
+    for head, row, _ in rows[:3]:
+        assert torch.equal(totals[0][0, row : row + 13 : 4, head], keys[0, row : row + 13 : 4, head])
+    assert int(totals[1].count_nonzero()) == 3 * 4 * 2
 
 
 @pytest.mark.parametrize(("lengths", "rates", "share"), [((64, 4096), (1, 16), 1 / 16), ((64, 256), (1, 2), 0)])

@@ -18,7 +18,7 @@ from ..backends import Problem, choose
 from ..backends.ops import no_autocast
 from ..merge import accumulator_dtype, merge_
 from .dense import dense_backward, dense_forward
-from .streaming_plan import Block, Tile, block_rows, key_rows, query_rows
+from .streaming_plan import Tile, block_runs, key_rows, part_of_run, query_rows, rows_of_run
 from .streaming_run import Job, Run, branch_alone, host_tensor
 from .streaming_sums import KeySums
 from .streaming_transfer import Copy, Loaded
@@ -44,8 +44,8 @@ def stream_forward(
             own = run.own(chunk, masked=bool(hidden))
             chosen = choose(job.backend, own).backend
             out, lse = chosen.forward(q, k, v, own, mask=hidden[0] if hidden else None, seed=job.seed)
+            run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
             run.tiles.ahead()
-            run.chunks.ahead()
             finish()
             total: Tensor | None = None
             for tile in run.tiles_of(index):
@@ -108,8 +108,8 @@ def stream_backward(
             index, chunk = loaded.item
             side = _Side(run, loaded.tensors)
             grads = list(side.own(run.own(chunk, masked=side.hidden is not None), job.backend))
+            run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
             run.tiles.ahead()
-            run.chunks.ahead()
             finish()
             finish = _nothing
             for tile in run.tiles_of(index):
@@ -195,16 +195,17 @@ class _Side:
                 else:
                     key_rows(total, r).add_(part)
 
-        def places(block: Block) -> list[Tensor]:
+        found = []
+        for blocks in block_runs(tile):
             if isinstance(home, KeySums):
-                return home.rows(tile, block)
-            return [block_rows(total, tile.batch, block) for total in home[1:]]
-
-        return [
-            Copy(place, part[block.start : block.start + block.rows], block.shown, add=True)
-            for block in tile.blocks
-            for place, part in zip(places(block), totals, strict=True)
-        ]
+                places = home.rows(tile, blocks)
+            else:
+                places = [rows_of_run(total, tile.batch, blocks) for total in home[1:]]
+            found += [
+                Copy(place, part_of_run(total, blocks), blocks.first.shown, add=True)
+                for place, total in zip(places, totals, strict=True)
+            ]
+        return found
 
 
 class StreamedAttention(torch.autograd.Function):

@@ -15,7 +15,18 @@ from ..memory import MemoryPool
 from ..merge import accumulator_dtype
 from .dense import Keep
 from .streaming_budget import PLAIN_ROWS, Pass, Schedule, chunk_specs, fused, tile_specs
-from .streaming_plan import Chunk, Rectangle, Tile, block_rows, own_documents, split, tiles, without_hidden
+from .streaming_plan import (
+    Chunk,
+    Rectangle,
+    Tile,
+    block_runs,
+    own_documents,
+    part_of_run,
+    rows_of_run,
+    split,
+    tiles,
+    without_hidden,
+)
 from .streaming_session import Session, slots_of_a_feed
 from .streaming_transfer import Copy, Feed, Loaded, Moved, carve
 
@@ -119,9 +130,9 @@ class Run:
     def _load_tile(self, tile: Tile, memory: Tensor) -> tuple[list[Tensor], list[Copy]]:
         places = carve(memory, tile_specs(self.one, tile.rows))
         copies = [
-            Copy(block_rows(host, tile.batch, block), near[block.start : block.start + block.rows], block.shown)
+            Copy(rows_of_run(host, tile.batch, blocks), part_of_run(near, blocks), blocks.first.shown)
             for host, near in zip(self.tensors[1:3], places, strict=True)
-            for block in tile.blocks
+            for blocks in block_runs(tile)
         ]
         self.job.moved.tiles += 1
         return places, copies

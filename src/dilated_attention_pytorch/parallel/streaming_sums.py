@@ -13,18 +13,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .streaming_plan import Block, Tile, block_rows
+from .streaming_plan import BlockRun, Tile
 
 
 class _Place(NamedTuple):
-    """Active rows of a key head in a segment: from key row ``row``, ``rate`` apart."""
+    """Active rows of some key heads in a segment that ends before key row ``stop``, as `BlockRun` puts it."""
 
     batch: int
-    kv_head: int
-    row: int
-    rate: int
-    rows: int
     branch: int
+    kv_head: int
+    head_step: int
+    row: int
+    row_step: int
+    rate: int
+    blocks: int
+    stop: int
+
+    def rows(self, block: int) -> int:
+        """Active rows of a head."""
+        return -(-(self.stop - self.row - block * self.row_step) // self.rate)
 
 
 class KeySums:
@@ -39,22 +46,28 @@ class KeySums:
         self._dims, self._dtype = tuple(dims), dtype
         self._sums: dict[_Place, list[Tensor]] = {}
 
-    def rows(self, tile: Tile, block: Block) -> list[Tensor]:
-        """Where shares of a block's rows are added, hidden rows too: one (rows, dim) each for key and value."""
-        begin, stop = tile.segment
-        row = begin + (block.row - begin) % block.rate
-        place = _Place(tile.batch, block.kv_head, row, block.rate, -(-(stop - row) // block.rate), tile.branch)
+    def rows(self, tile: Tile, run: BlockRun) -> list[Tensor]:
+        """Where shares of a run are added, for key and value: (blocks, rows, dim), or as `rows_of_run` of one block."""
+        (begin, stop), first = tile.segment, run.first
+        before = (first.row - begin) // first.rate
+        place = _Place(
+            tile.batch, tile.branch, first.kv_head, run.head_step, first.row - before * first.rate, run.row_step,
+            first.rate, run.blocks, stop,
+        )  # fmt: skip
         found = self._sums.get(place)
         if found is None:
-            found = self._sums[place] = [torch.zeros(place.rows, dim, dtype=self._dtype) for dim in self._dims]
-        first = (block.row - row) // block.rate
-        count = block.rows if block.shown is None else int(block.shown[-1]) + 1
-        return [one[first : first + count] for one in found]
+            found = [torch.zeros(run.blocks, place.rows(0), dim, dtype=self._dtype) for dim in self._dims]
+            self._sums[place] = found
+        if run.blocks > 1:
+            return [one[:, before : before + first.rows] for one in found]
+        count = first.rows if first.shown is None else int(first.shown[-1]) + 1
+        return [one[0, before : before + count] for one in found]
 
     def join(self, totals: Sequence[Tensor]) -> None:
         """Add all to the gradients (B, N, G, dim) of key and value."""
         for place, sums in self._sums.items():
-            block = Block(place.kv_head, place.row, place.rows, place.rate, 0)
             for total, one in zip(totals, sums, strict=True):
-                block_rows(total, place.batch, block).add_(one)
+                for block in range(place.blocks):
+                    row, head = place.row + block * place.row_step, place.kv_head + block * place.head_step
+                    total[place.batch, row : place.stop : place.rate, head].add_(one[block, : place.rows(block)])
         self._sums.clear()
