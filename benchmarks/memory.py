@@ -1,7 +1,7 @@
 """Memory pools on recorded work: a ring, a ring of mixed lengths, streaming, training; in whole steps of a ring and of
 streaming; and acquire beside torch.empty. For streaming on a GPU see `streaming.py --pools`.
 
-python benchmarks/memory.py [--only latency|end_to_end|traces] [--output benchmarks/results/memory.json]
+python benchmarks/memory.py [--only latency|end_to_end|traces] [--device cuda:0] [--output FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
-from common import ROOT, save
+from common import ROOT, provenance, save
 from dilated_attention_pytorch import ContextParallel, Streaming, dilated_attention
 from dilated_attention_pytorch.cli.memory_record import RECORDERS, Workload, lengths
 from dilated_attention_pytorch.memory import SimplePool, read_trace, replay
@@ -40,17 +40,18 @@ WORK: dict[str, tuple[str, dict[str, Any]]] = {
 BYTES = 1 << 20
 
 
-def latency(rounds: int = 40) -> dict[str, float]:
+def latency(device: torch.device, rounds: int = 40) -> dict[str, float]:
     """Microseconds of acquire and return of 1 MiB in steady state, of every pool and of torch.empty in turn.
 
     The least of the medians of the rounds: other work on the machine only ever adds.
     """
-    cpu = torch.device("cpu")
     functions: dict[str, Callable[[], object]] = {
-        "torch.empty": lambda: torch.empty((BYTES,), dtype=torch.uint8, device=cpu),
-        "simple, debug": _cycle(SimplePool(debug=True)),
-        **{name: _cycle(make(None)) for name, make in CONTENDERS.items()},
+        "torch.empty": lambda: torch.empty((BYTES,), dtype=torch.uint8, device=device),
+        "simple, debug": _cycle(SimplePool(debug=True), device),
+        **{name: _cycle(make(None), device) for name, make in CONTENDERS.items()},
     }
+    if device.type == "cuda":
+        functions["simple, page-locked"] = _cycle(SimplePool(pinned=True), torch.device("cpu"))
     medians: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -63,9 +64,8 @@ def latency(rounds: int = 40) -> dict[str, float]:
     return {name: min(found) for name, found in medians.items()}
 
 
-def _cycle(pool: Any) -> Callable[[], object]:
-    cpu = torch.device("cpu")
-    return lambda: pool.acquire((BYTES,), torch.uint8, cpu).release()
+def _cycle(pool: Any, device: torch.device) -> Callable[[], object]:
+    return lambda: pool.acquire((BYTES,), torch.uint8, device).release()
 
 
 def _attend(parallel: Any, tensors: list[torch.Tensor]) -> float:
@@ -184,12 +184,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/memory.json")
     parser.add_argument("--only", choices=("latency", "end_to_end", "traces"), help="measure this, keep the others")
+    parser.add_argument("--device", default="cpu", help="whose memory the latency is of, e.g. cuda:0")
     arguments = parser.parse_args()
-    parts: dict[str, Callable[[], Any]] = {"latency": latency, "end_to_end": end_to_end, "traces": traces}
-    kept = json.loads(arguments.output.read_text())["results"] if arguments.only else {}
+    device = torch.device(arguments.device)
+    parts: dict[str, Callable[[], Any]] = {
+        "latency": partial(latency, device),
+        "end_to_end": end_to_end,
+        "traces": traces,
+    }
+    kept: dict[str, Any] = {"runs": {}}
+    if arguments.only and arguments.output.exists():
+        kept = json.loads(arguments.output.read_text())["results"]
     for name, measure in parts.items():
         if arguments.only in (None, name):
-            kept[name] = measure()
+            kept[name], kept["runs"][name] = measure(), provenance()
     save(arguments.output, kept, quiet=True)
 
 
