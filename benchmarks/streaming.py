@@ -1,20 +1,23 @@
-"""A GPU over tensors in host memory: time against computation and transfer alone, peak memory, rows against float64.
+"""A GPU over tensors in host memory: time against computation and transfer alone, peak memory, every row checked.
 
-    python benchmarks/streaming.py [--budget-gib 8] [--rows 4194304] [--heads 16] [--head-dim 128] [--backward]
-        [--pageable] [--pattern near|far] [--repeats 3] [--output FILE]
+    python benchmarks/streaming.py [--budget-gib 8] [--rows 2818048] [--heads 16] [--head-dim 128] [--backward]
+        [--pageable] [--pattern near|far] [--pools] [--repeats 3] [--output FILE]
 
 query, key and value are bfloat16 in page-locked memory; the budget has to be a quarter of them at most. "near" is
-LongNet's pattern up to segments of 32768 rows, "far" goes on, by factors of 4, to segments of the whole sequence.
-The bound is the larger of two times: that of the bytes that streaming moves, at the rates of copies of 256 MiB to and
-from page-locked memory measured in the same run (both directions at once, so the slower one counts), and that of the
-attended pairs at the rate of the same operator on rows that fit on the device. On a CPU it runs at any small size
-and measures copies in memory.
+LongNet's pattern up to segments of 32768 rows, "far" has three branches more, each with segments and rates 4 times
+those before, so that chunks cut them. The bound is the larger of two times: that of the bytes that streaming moves, at
+the rates of copies of 256 MiB to and from page-locked memory measured in the same run (both directions at once, so the
+slower one counts), and that of the same operator on the same rows on the device. All rows of all results are compared
+with that resident one, and random rows active in each branch with float64. Where the device cannot hold everything,
+`--resident-rows` says how many rows the operator is timed on; results are then compared with float64 alone. On a CPU
+it runs at any small size and measures copies in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +28,8 @@ import torch
 from torch import Tensor
 
 from common import ROOT, save
-from dilated_attention_pytorch import DilatedPattern, Streaming, dilated_attention_with_lse
+from dilated_attention_pytorch import DilatedPattern, Streaming, create_memory_pool, dilated_attention_with_lse
+from dilated_attention_pytorch.memory.compare import CONTENDERS
 from dilated_attention_pytorch.patterns.plan import plan
 from dilated_attention_pytorch.types import Document, Shape
 
@@ -36,7 +40,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Wall time of each run after one that does not count."""
+    """Wall time of every run; the first one compiles and allocates."""
     times = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -44,12 +48,16 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int) 
         function()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return times[1:]
+    return times
 
 
 def host_tensor(rows: int, heads: int, dim: int, seed: int, device: torch.device, *, pinned: bool) -> Tensor:
     """Normal random bfloat16 (1, rows, heads, dim) in host memory, drawn on the device a part at a time."""
-    found = torch.empty(1, rows, heads, dim, dtype=torch.bfloat16, pin_memory=pinned and device.type == "cuda")
+    found = torch.zeros(1, rows, heads, dim, dtype=torch.bfloat16)  # by all threads, so that all pages are there
+    if pinned and device.type == "cuda":  # page-locked in place: PyTorch would round it up to a power of two
+        error = torch.cuda.cudart().cudaHostRegister(found.data_ptr(), found.nbytes, 0)
+        if int(error) or not found.is_pinned():
+            raise RuntimeError(f"{found.nbytes:,} bytes of host memory cannot be page-locked: {error}")
     generator = torch.Generator(device).manual_seed(seed)
     part = max(1, (1 << 28) // (heads * dim))
     for first in range(0, rows, part):
@@ -60,12 +68,28 @@ def host_tensor(rows: int, heads: int, dim: int, seed: int, device: torch.device
 
 
 def copy_rates(device: torch.device, repeats: int, size: int) -> dict[str, float]:
-    """Bytes a second to the device and back, from and to page-locked memory."""
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    near = torch.empty(size, dtype=torch.uint8, device=device)
-    to = min(seconds(lambda: near.copy_(host, non_blocking=True), device, repeats * 4))
-    back = min(seconds(lambda: host.copy_(near, non_blocking=True), device, repeats * 4))
-    return {"to_device": size / to, "to_host": size / back}
+    """Bytes a second to the device and back, from and to page-locked memory; alone, and each with the other."""
+    hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+    nears = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
+
+    def to() -> None:
+        nears[0].copy_(hosts[0], non_blocking=True)
+
+    def back() -> None:
+        hosts[1].copy_(nears[1], non_blocking=True)
+
+    def both() -> None:
+        for function, stream in zip((to, back), streams, strict=True):
+            with torch.cuda.stream(stream):
+                for _ in range(4):
+                    function()
+
+    found = {"to_device": size / min(seconds(to, device, repeats * 4)[1:])}
+    found["to_host"] = size / min(seconds(back, device, repeats * 4)[1:])
+    if streams:
+        found["each_at_once"] = 4 * size / min(seconds(both, device, repeats * 2)[1:])
+    return found
 
 
 def pairs(pattern: DilatedPattern, rows: int, heads: int, dim: int) -> int:
@@ -74,21 +98,53 @@ def pairs(pattern: DilatedPattern, rows: int, heads: int, dim: int) -> int:
     return plan(pattern, shape, documents, is_causal=False, zeros=False).pairs
 
 
-def pair_rate(
-    pattern: DilatedPattern, heads: int, dim: int, rows: int, device: torch.device, repeats: int, *, backward: bool
-) -> float:
-    """Attended pairs a second of the operator on rows that fit on the device."""
-    leaves = [
-        torch.randn(1, rows, heads, dim, device=device, dtype=torch.bfloat16).requires_grad_(backward) for _ in range(3)
-    ]
-    segments, rates = pattern.segment_lengths, pattern.dilation_rates
+def attend(tensors: list[Tensor], pattern: DilatedPattern, *, backward: bool, **options: Any) -> dict[str, Tensor]:
+    """out and lse, and with ``backward`` the gradients of the three tensors for grad_out = out."""
+    leaves = [t.detach().requires_grad_(backward) for t in tensors]
+    out, lse = dilated_attention_with_lse(*leaves, pattern.segment_lengths, pattern.dilation_rates, **options)
+    found = {"out": out.detach(), "lse": lse.detach()}
+    if backward:
+        grads = torch.autograd.grad(out, leaves, out.detach())
+        found |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    return found
+
+
+def resident(
+    tensors: list[Tensor],
+    pattern: DilatedPattern,
+    rows: int,
+    device: torch.device,
+    repeats: int,
+    got: dict[str, Tensor],
+    backend: str = "auto",
+) -> dict[str, Any]:
+    """Seconds of the operator on the first ``rows`` rows on the device, extrapolated by the number of pairs; and, where
+    these are all rows, the largest difference of ``got`` from its result, for each tensor.
+
+    Two results that each are within bound B of the exact one differ by twice that at most, so by 8 eps of the largest
+    value, twice the smaller term of B.
+    """
+    near = [t[:, :rows].to(device) for t in tensors]
+    kept: list[dict[str, Tensor]] = [{}]
 
     def run() -> None:
-        out, _ = dilated_attention_with_lse(*leaves, segments, rates)
-        if backward:
-            torch.autograd.grad(out, leaves, out)
+        kept[0] = {}
+        kept[0] = attend(near, pattern, backward="dq" in got, backend=backend)
 
-    return pairs(pattern, rows, heads, dim) / min(seconds(run, device, repeats))
+    heads, dim = near[0].shape[2:]
+    scale = pairs(pattern, tensors[0].shape[1], heads, dim) / pairs(pattern, rows, heads, dim)
+    found: dict[str, Any] = {"compute_seconds": min(seconds(run, device, repeats)[1:]) * scale}
+    if rows < tensors[0].shape[1]:
+        return found
+    for name, theirs in kept[0].items():
+        mine, dim = got[name], 2 if name == "lse" else 1
+        step = max(1, (1 << 28) // (mine[0].numel() // mine.shape[dim]))
+        parts = list(zip(mine.split(step, dim), theirs.split(step, dim), strict=True))
+        largest = torch.stack([t.abs().max() for _, t in parts]).max().float()
+        apart = torch.stack([(m.to(device).float() - t.float()).abs().max() for m, t in parts]).max()
+        eps = 1e-5 if name == "lse" else 8 * torch.finfo(torch.bfloat16).eps
+        found[f"{name}_difference_over_limit"] = float(apart / (eps * largest))
+    return found
 
 
 def worst_row(
@@ -135,86 +191,148 @@ def worst_row(
     }
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """One run of everything; see the module."""
-    device = torch.device(given.device)
-    budget, rows, heads, dim = int(given.budget_gib * 2**30), given.rows, given.heads, given.head_dim
-    segments = [2048, 4096, 8192, 16384, 32768]
-    rates = [1, 2, 4, 8, 16]
-    while given.pattern == "far" and segments[-1] < rows:
-        segments.append(segments[-1] * 4)
-        rates.append(rates[-1] * 4)
-    if given.segments:
-        segments, rates = (list(map(int, part.split(","))) for part in (given.segments, given.rates))
-    pattern = DilatedPattern(tuple(segments), tuple(rates))
-    query, key, value = (host_tensor(rows, heads, dim, s, device, pinned=not given.pageable) for s in range(3))
-    given_bytes = 3 * query.nbytes
-    if given_bytes < 4 * budget:
-        raise SystemExit(f"q, k, v have {given_bytes:,} bytes, less than 4 x the budget; give more --rows")
-    leaves = [t.requires_grad_(given.backward) for t in (query, key, value)]
-    streaming = Streaming(device, memory_budget=budget)
-    last: list[Tensor] = []
+def run_direction(
+    tensors: list[Tensor],
+    pattern: DilatedPattern,
+    streaming: Streaming,
+    copies: dict[str, float],
+    given: argparse.Namespace,
+    *,
+    backward: bool,
+) -> dict[str, Any]:
+    """Times, bytes and errors of one direction."""
+    device, budget = torch.device(given.device), streaming.memory_budget
+    last: dict[str, Tensor] = {}
 
     def run() -> None:
-        out, lse = dilated_attention_with_lse(*leaves, segments, rates, parallel=streaming)
-        last[:] = [out.detach(), lse.detach()]
-        if given.backward:
-            torch.autograd.grad(out, leaves, out.detach())
+        last.clear()  # its page-locked memory is used again
+        last.update(attend(tensors, pattern, backward=backward, backend=given.backend, parallel=streaming))
 
+    before, moved = 0, replace(streaming.moved)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     times = seconds(run, device, given.repeats)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    runs = given.repeats + 1
-    moved = replace(streaming.moved)
-    copies = copy_rates(device, given.repeats, min(256 << 20, given_bytes))
-    transfer = max(moved.bytes_in / runs / copies["to_device"], moved.bytes_out / runs / copies["to_host"])
-    resident_rows = min(rows, given.resident_rows)
-    rate = pair_rate(pattern, heads, dim, resident_rows, device, given.repeats, backward=given.backward)
-    compute = pairs(pattern, rows, heads, dim) / rate
-    bound, best = max(compute, transfer), min(times)
+    counts = {
+        name: (getattr(streaming.moved, name) - getattr(moved, name)) // len(times)
+        for name in ("chunks", "tiles", "bytes_in", "bytes_out")
+    }
+    rows = tensors[0].shape[1]
+    most = min(rows, given.resident_rows or rows)
+    reference = resident(tensors, pattern, most, device, given.repeats, last, given.backend)
+    transfer = max(counts["bytes_in"] / copies["to_device"], counts["bytes_out"] / copies["to_host"])
+    best = min(times[1:])
     return {
+        **counts,
+        "peak_bytes": peak,
+        "peak_within_budget": None if peak is None else peak <= budget,
+        "first_seconds": times[0],
+        "seconds": times[1:],
+        "transfer_seconds": transfer,
+        **reference,
+        "time_over_bound": best / max(reference["compute_seconds"], transfer),
+        "sampled": worst_row(*tensors, last["out"], last["lse"], pattern, given.sampled),
+    }
+
+
+def run_pools(
+    tensors: list[Tensor], pattern: DilatedPattern, given: argparse.Namespace, *, backward: bool
+) -> dict[str, Any]:
+    """Median seconds with each kind of pool, in turn; new memory after the second call; most bytes on the device."""
+    device, budget = torch.device(given.device), int(given.budget_gib * 2**30)
+    kinds = ("simple", "adaptive", "bucketing", "fragmentation")
+    pools: dict[str, Any] = {"own": None, **{name: CONTENDERS[name](None) for name in kinds}}
+    if device.type == "cuda":
+        pools["fragmentation, mem_pool"] = create_memory_pool("adaptive", device=device, backing="mem_pool")
+    streams = {name: Streaming(device, memory_budget=budget, pool=pool) for name, pool in pools.items()}
+    times: dict[str, list[float]] = {name: [] for name in streams}
+    peaks, misses = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0)
+    for turn in range(given.repeats + 2):
+        for name, streaming in streams.items():
+            before = 0
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device) - (pools[name].stats().held if pools[name] else 0)
+            start = time.perf_counter()
+            attend(tensors, pattern, backward=backward, backend=given.backend, parallel=streaming)
+            synchronize(device)
+            if turn > 1:
+                times[name].append(time.perf_counter() - start)
+            elif pools[name] is not None:
+                misses[name] = pools[name].stats().misses
+            if device.type == "cuda":
+                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) - before)
+    return {
+        name: {
+            "seconds": statistics.median(times[name]),
+            "new_after_second_call": pools[name].stats().misses - misses[name] if pools[name] else None,
+            "held_bytes": pools[name].stats().held if pools[name] else 0,
+            "peak_bytes": peaks[name] or None,
+        }
+        for name in streams
+    }
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """One run of everything; see the module."""
+    device = torch.device(given.device)
+    budget, rows, heads, dim = int(given.budget_gib * 2**30), given.rows, given.heads, given.head_dim
+    segments = [2048, 4096, 8192, 16384, 32768]
+    rates = [1, 2, 4, 8, 16]
+    for _ in range(3 if given.pattern == "far" else 0):
+        segments.append(segments[-1] * 4)
+        rates.append(rates[-1] * 4)
+    if given.segments:
+        segments, rates = (list(map(int, part.split(","))) for part in (given.segments, given.rates))
+    pattern = DilatedPattern(tuple(segments), tuple(rates))
+    start = time.perf_counter()
+    tensors = [host_tensor(rows, heads, dim, s, device, pinned=not given.pageable) for s in range(3)]
+    made = time.perf_counter() - start
+    given_bytes = sum(t.nbytes for t in tensors)
+    if given_bytes < 4 * budget:
+        raise SystemExit(f"q, k, v have {given_bytes:,} bytes, less than 4 x the budget; give more --rows")
+    copies = copy_rates(device, given.repeats, min(256 << 20, given_bytes))
+    found: dict[str, Any] = {
         "rows": rows,
         "heads": heads,
         "head_dim": dim,
         "segment_lengths": segments,
         "dilation_rates": rates,
-        "backward": given.backward,
+        "backend": given.backend,
         "pinned": not given.pageable,
         "budget_bytes": budget,
         "qkv_bytes": given_bytes,
-        "peak_bytes": peak,
-        "peak_within_budget": None if peak is None else peak <= budget,
-        "chunks": moved.chunks // runs,
-        "tiles": moved.tiles // runs,
-        "bytes_in": moved.bytes_in // runs,
-        "bytes_out": moved.bytes_out // runs,
+        "seconds_to_make_inputs": made,
         "copy_bytes_per_second": copies,
-        "seconds": times,
-        "transfer_seconds": transfer,
-        "compute_seconds": compute,
-        "time_over_bound": best / bound,
-        "sampled": worst_row(query.detach(), key.detach(), value.detach(), *last, pattern, given.sampled),
     }
+    for name, backward in (("forward", False), ("forward_and_backward", True))[: 1 + given.backward]:
+        streaming = Streaming(device, memory_budget=budget)
+        found[name] = run_direction(tensors, pattern, streaming, copies, given, backward=backward)
+        print(name, {key: value for key, value in found[name].items() if key != "sampled"}, flush=True)
+    if given.pools:
+        found["pools"] = run_pools(tensors, pattern, given, backward=given.backward)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-gib", type=float, default=8.0)
-    parser.add_argument("--rows", type=int, default=1 << 22)
+    parser.add_argument("--rows", type=int, default=86 * 32768)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--pattern", choices=("near", "far"), default="far")
     parser.add_argument("--segments", help="segment lengths with commas between them, instead of --pattern")
     parser.add_argument("--rates", help="the dilation rates that go with --segments")
-    parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--backend", default="auto", help="of a chunk's own pairs, and of the resident operator")
+    parser.add_argument("--backward", action="store_true", help="forward and backward, too")
     parser.add_argument("--pageable", action="store_true", help="inputs in memory that is not page-locked")
+    parser.add_argument("--pools", action="store_true", help="compare kinds of pools, too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sampled", type=int, default=200, help="rows compared with float64")
-    parser.add_argument("--resident-rows", type=int, default=1 << 19, help="rows for the rate of the operator itself")
+    parser.add_argument("--resident-rows", type=int, help="rows on the device alone; by default all")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streaming.json")
     given = parser.parse_args(arguments)
     save(given.output, measure(given))

@@ -127,3 +127,9 @@ def test_a_second_derivative_raises():
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("function", [dilated_attention, explain])
+def test_what_is_no_place_of_a_sequence(function):
+    with pytest.raises(ValueError, match=r"parallel is 3; give ContextParallel\(mesh\).*Streaming\(device.*None"):
+        function(**changed(parallel=3))

@@ -20,8 +20,9 @@ from .backends.sparse.ops import sparse_problem
 from .backends.vendor import Kernel
 from .functional import checked_arguments
 from .merge import accumulator_dtype
-from .parallel import ContextParallel
+from .parallel import ContextParallel, Streaming, check_parallel
 from .parallel.schedule import Call as ParallelCall
+from .parallel.streaming_forecast import Forecast
 from .patterns import ContentTopK, Union
 from .patterns.union import members_of
 from .sparse import check_pattern, pattern_tensors
@@ -93,6 +94,9 @@ class Explanation:
     """Those that no branch keeps: their out is 0 and their lse -inf."""
     exchange: Exchange | None = None
     """What ranks exchange, under ``parallel``; all other numbers are then those of what this rank computes alone."""
+    streamed: Forecast | None = None
+    """What goes through the device of a `Streaming`; backends are those of a chunk's own pairs, peaks the device's,
+    and all other numbers those of the whole call."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, for JSON."""
@@ -116,7 +120,8 @@ class Explanation:
             f"peak     forward {_mib(self.peak_bytes_forward)}, backward {_mib(self.peak_bytes_backward)} (predicted)",
             f"coverage {self.rows - self.rows_without_branch:,} of {self.rows:,} (row, head) pairs have a branch",
         ]
-        return "\n".join([*lines, *(self.exchange.lines() if self.exchange else ())])
+        lines += self.exchange.lines() if self.exchange else []
+        return "\n".join(lines + (self.streamed.lines() if self.streamed else []))
 
 
 _TILE_ROWS = 128
@@ -141,7 +146,7 @@ def explain(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    parallel: ContextParallel | None = None,
+    parallel: ContextParallel | Streaming | None = None,
     **options: Any,
 ) -> Explanation:
     """Say what `dilated_attention` would do with these shapes and options, without doing it.
@@ -152,7 +157,8 @@ def explain(
         segment_lengths, dilation_rates, backend: as for `dilated_attention`.
         device, dtype: what to assume where shapes are given; tensors bring their own.
         parallel: a `ContextParallel`; the shapes are those of this rank's rows, and nothing is sent (but the lengths
-            of rows that a key_padding_mask ends, for padding="zeros").
+            of rows that a key_padding_mask ends, for padding="zeros"). Or a `Streaming`, whose device is the one that
+            computes.
         **options: every other option of `dilated_attention`.
 
     Returns:
@@ -171,16 +177,20 @@ def explain(
         t if isinstance(t, Tensor) else torch.empty(as_shape(name, t), dtype=dtype, device="meta")
         for name, t in given.items()
     )
-    exchange = None
-    if parallel is None:
-        problem = describe(q, k, v, segment_lengths, dilation_rates, device=device, **options)
+    check_parallel(parallel)
+    exchange = streamed = None
+    arguments = checked_arguments(q, k, v, segment_lengths, dilation_rates, **options)
+    if isinstance(parallel, Streaming):
+        problem, alone, streamed = parallel.forecast(arguments, backend)
+    elif parallel is not None:
+        call = parallel.call(arguments, backend)
+        alone = problem = parallel.problem(call, _device(q, device))
+        exchange = _exchange(parallel, call)
     else:
-        call = parallel.call(checked_arguments(q, k, v, segment_lengths, dilation_rates, **options), backend)
-        problem, exchange = parallel.problem(call, _device(q, device)), _exchange(parallel, call)
-    choice = choose(backend, problem)
+        alone = problem = make_problem(**arguments, device=_device(q, device))
+    choice, backwards = choose(backend, alone), choose(backend, alone, backward=True)
     shape, plan = problem.shape, problem.plan
-    backwards = choose(backend, problem, backward=True)
-    kernel = sdpa.kernel_for(problem) if choice.name == "sdpa" else _KERNELS[choice.name]
+    kernel = sdpa.kernel_for(alone) if choice.name == "sdpa" else _KERNELS[choice.name]
     last, first = shape.key_rows, shape.key_rows - shape.query_rows
     causal_pairs = (last * (last + 1) - first * (first + 1)) // 2
     dense = causal_pairs if problem.options.is_causal else shape.query_rows * shape.key_rows
@@ -190,18 +200,21 @@ def explain(
         kernel=kernel.name if isinstance(kernel, Kernel) else kernel,
         backend_backward=backwards.name,
         skipped=choice.skipped,
-        calls=plan.calls if choice.name == "sdpa" else (),
+        calls=plan.calls if choice.name == "sdpa" and streamed is None else (),
         pairs=plan.pairs,
         dense_pairs=dense * shape.batch * shape.heads,
         flops_forward=2 * plan.pairs * (shape.head_dim + shape.value_dim),
         flops_backward=2 * plan.pairs * (3 * shape.head_dim + 2 * shape.value_dim),
         bytes_forward=forward,
         bytes_backward=backward,
-        peak_bytes_forward=choice.backend.peak_bytes(problem),
-        peak_bytes_backward=backwards.backend.peak_bytes(problem, backward=True),
+        peak_bytes_forward=streamed.forward.peak_bytes if streamed else choice.backend.peak_bytes(problem),
+        peak_bytes_backward=(
+            streamed.backward.peak_bytes if streamed else backwards.backend.peak_bytes(problem, backward=True)
+        ),
         rows=shape.batch * shape.query_rows * shape.heads,
         rows_without_branch=_rows_without_branch(problem),
         exchange=exchange,
+        streamed=streamed,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -12,12 +12,9 @@ from .backends.arguments import checked_tensors
 from .backends.dispatch import check_backend
 from .backends.ops import attention_forward
 from .merge import accumulator_dtype
-from .parallel.streaming import Streaming
+from .parallel import ContextParallel, Streaming, check_parallel
 from .patterns import DilatedPattern
 from .types import AttentionOutput, HeadOffsets, MixingGrad, Padding
-
-if TYPE_CHECKING:
-    from .parallel import ContextParallel
 
 
 def dilated_attention(
@@ -152,6 +149,7 @@ def dilated_attention_with_lse(
         mixing_grad=mixing_grad,
     )
     check_backend(backend)
+    check_parallel(parallel)
     if isinstance(parallel, Streaming):
         streamed, streamed_lse = parallel.attend(arguments, backend)
         return AttentionOutput(streamed, streamed_lse.transpose(1, 2))

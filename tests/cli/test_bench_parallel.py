@@ -43,12 +43,32 @@ def test_two_ranks_are_measured_and_the_model_is_checked(tmp_path: Path):
     assert len(json.loads((tmp_path / "p.json").read_text())["checks"]) == 9
 
 
+def test_hybrid_is_measured_where_pairs_of_ranks_form_a_ring(tmp_path: Path):
+    report = tmp_path / "bench.json"
+    result = run(
+        "bench", "parallel", "--device", "cpu", "--ranks", 4, "--tokens", 96, "--segments", "64,384", "--rates", "1,2",
+        "--heads", 2, "--head-dim", 16, "--repeats", 1, "--strategies", "hybrid,ring", "--output", report,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text())
+    points = [(one["world"], one["strategy"]) for one in found["measurements"] if one["scaling"] == "weak"]
+    assert points == [(1, "ring"), (2, "ring"), (4, "hybrid"), (4, "ring")]
+    hybrid = next(one for one in found["measurements"] if one["strategy"] == "hybrid")
+    assert hybrid["formula"] is True
+    # Rows for heads with the neighbour in the pair, and back: q, k, v, out and lse of one head of two.
+    assert hybrid["bytes_forward"] > 96 * (4 * 16 + 1) * 4
+    result = run("plan", "--measured", report, "--tokens", 4096, "--devices", 2, "--output", tmp_path / "p.png")
+    assert result.exit_code == 0, result.output
+    checks = json.loads((tmp_path / "p.json").read_text())["checks"]
+    assert [one["strategy"] for one in checks].count("hybrid") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--ranks", "0"], "--ranks is 0; give at least 1"),
         (["--tokens", "0"], "--tokens is 0"),
-        (["--strategies", "fast"], "--strategies has 'fast'; choose from ring, gather, ulysses"),
+        (["--strategies", "fast"], "--strategies has 'fast'; choose from ring, gather, ulysses, hybrid"),
         (["--strategies", ","], "--strategies is ','"),
         (["--segments", "64"], "give both"),
         (["--heads", "3", "--kv-heads", "2"], "do not fit"),

@@ -61,18 +61,19 @@ class LaggingMover(DirectMover):
 
     def __init__(self, moved: Any) -> None:
         super().__init__(moved)
-        self.waiting: list[tuple[Any, Sequence[Copy]]] = []
+        self.waiting: dict[int, list[tuple[Any, Sequence[Copy]]]] = {}  # by feed: they do not wait for each other
         self.downloads = 0
 
     def upload(self, copies: Sequence[Copy], slot: Slot) -> Any:
-        token = object()
+        token = object(), slot.feed
         slot.memory.fill_(0xFF)  # NaN: what was there is gone from here on
-        self.waiting.append((token, copies))
+        self.waiting.setdefault(slot.feed, []).append((token, copies))
         return token
 
     def arrived(self, token: Any) -> None:
-        while self.waiting:
-            first, copies = self.waiting.pop(0)
+        waiting = self.waiting[token[1]]
+        while waiting:
+            first, copies = waiting.pop(0)
             super().upload(copies, None)
             if first is token:
                 return

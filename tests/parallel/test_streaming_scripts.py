@@ -44,17 +44,32 @@ def test_the_benchmark_measures_at_a_small_size(monkeypatch: pytest.MonkeyPatch)
     benchmark = load("benchmarks/streaming.py")
     given = argparse.Namespace(
         device="cpu", budget_gib=0.001, rows=4096, heads=4, head_dim=48, pattern="far", segments="64,256,8192",
-        rates="1,4,64", backward=False, pageable=True, repeats=1, sampled=30, resident_rows=2048,
+        rates="1,4,64", backend="auto", backward=True, pageable=True, pools=True, repeats=1, sampled=30,
+        resident_rows=None,
     )  # fmt: skip
     found = benchmark.measure(given)
     assert found["qkv_bytes"] == 3 * 4096 * 4 * 48 * 2
     assert found["qkv_bytes"] >= 4 * found["budget_bytes"]
-    assert found["chunks"] > 1
-    assert found["bytes_in"] >= found["qkv_bytes"]
-    assert found["sampled"]["rows"] == 30
-    assert 0 < found["sampled"]["worst_error_over_bound"] <= 1
-    assert found["sampled"]["worst_lse_error"] < 1e-3
-    assert found["time_over_bound"] == min(found["seconds"]) / max(found["compute_seconds"], found["transfer_seconds"])
+    forward, both = found["forward"], found["forward_and_backward"]
+    assert both["chunks"] > forward["chunks"] > 1
+    assert both["bytes_in"] > forward["bytes_in"] >= found["qkv_bytes"]
+    for one in (forward, both):
+        assert one["sampled"]["rows"] == 30
+        assert 0 < one["sampled"]["worst_error_over_bound"] <= 1
+        assert one["sampled"]["worst_lse_error"] < 1e-3
+        assert one["time_over_bound"] == min(one["seconds"]) / max(one["compute_seconds"], one["transfer_seconds"])
+    for name in ("out", "lse", "dq", "dk", "dv"):  # every row is compared
+        assert 0 < both[f"{name}_difference_over_limit"] <= 1
+    assert found["pools"]["own"]["new_after_second_call"] is None
+    assert [pool["new_after_second_call"] for name, pool in found["pools"].items() if name != "own"] == [0] * 4
+
+    pattern = benchmark.DilatedPattern((64, 256, 8192), (1, 4, 64))
+    tensors = [torch.randn(1, 512, 2, 8).bfloat16() for _ in range(3)]
+    right = benchmark.attend(tensors, pattern, backward=False)
+    wrong = {**right, "out": right["out"] * 1.2}
+    compared = benchmark.resident(tensors, pattern, 512, torch.device("cpu"), 1, wrong)
+    assert compared["out_difference_over_limit"] > 1
+    assert "out_difference_over_limit" not in benchmark.resident(tensors, pattern, 100, torch.device("cpu"), 1, right)
 
     tensors = [torch.randn(1, 100, 2, 8).bfloat16() for _ in range(3)]
     pattern = benchmark.DilatedPattern((100,), (1,))

@@ -21,7 +21,7 @@ from ..functional import dilated_attention
 from ..memory import MemoryPool, SimplePool
 from ..parallel import ContextParallel, Rates, attention, ulysses
 from ..parallel.comm import Pending, Traffic, exchange
-from ..parallel.hybrid import Strategy
+from ..parallel.hybrid import PAIR, Ranks, Strategy, mesh_shape
 from ..parallel.shard import Layout
 from ..patterns import DilatedPattern
 
@@ -209,7 +209,7 @@ def measure(
         milliseconds(partial(recorder.repeat, count), mesh, setting.repeats) if moved else 0.0
         for count in (first, len(recorder.seen))
     ]
-    gathered = [partial(_gather, parallel, tensor.detach()) for tensor in leaves[1:]]
+    gathered = [partial(_gather, parallel.ranks, tokens, tensor.detach()) for tensor in leaves[1:]]
     full = milliseconds(lambda: [gather() for gather in gathered], mesh, setting.repeats)
     one, others = ((size[0], tokens, *size[2:]) for size in sizes[:2])
     whole = explain(one, others, others, dtype=setting.dtype, **options)
@@ -226,13 +226,10 @@ def measure(
     )  # fmt: skip
 
 
-def _gather(parallel: ContextParallel, tensor: Tensor) -> list[Tensor]:
+def _gather(ranks: Ranks, tokens: int, tensor: Tensor) -> Tensor:
     """Every rank's rows; ranks hold as many, but one."""
-    most = int(-(-parallel.length // parallel.world)) if parallel.length else 0
-    padded = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, max(0, most - tensor.shape[1])))
-    parts = [torch.empty_like(padded) for _ in range(parallel.world)]
-    dist.all_gather(parts, padded.contiguous(), group=parallel.group)
-    return parts
+    most = -(-tokens // ranks.mesh.size())
+    return ranks.gather(torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, max(0, most - tensor.shape[1]))))
 
 
 def measure_rates(mesh: DeviceMesh, found: Sequence[ParallelMeasurement], setting: ParallelSetting) -> Rates:
@@ -265,6 +262,12 @@ class Plan:
     tokens_per_rank: int
     strategies: tuple[Strategy, ...]
 
+    def runs(self, strategy: Strategy, world: int) -> bool:
+        """Whether a strategy makes sense on so many ranks: each has a head to itself, "hybrid" has pairs of ranks."""
+        if strategy == "hybrid":
+            return world >= 2 * PAIR and world % PAIR == 0 and self.setting.heads >= PAIR
+        return strategy != "ulysses" or self.setting.heads >= world
+
     @property
     def points(self) -> list[tuple[int, int, str]]:
         """(ranks, tokens, scaling): weak scaling keeps the tokens of a rank, strong scaling those of all ranks."""
@@ -278,24 +281,21 @@ def run_ranks(plan: Plan, said: Callable[[ParallelMeasurement], None] = lambda o
 
     ``said`` is told every measurement as it is done, on the first rank.
     """
-    device, found, rates = plan.setting.device, [], None
-    meshes = {}
-    for world in plan.worlds:
-        group = dist.new_group(list(range(world)))
-        if dist.get_rank() < world:
-            meshes[world] = DeviceMesh.from_group(group, device)
+    device, found = plan.setting.device, list[ParallelMeasurement]()
+    meshes: dict[tuple[str, int], DeviceMesh] = {}
+    for world in plan.worlds:  # every rank takes part in making every group
+        for strategy in plan.strategies:
+            if plan.runs(strategy, world):
+                shape = mesh_shape(strategy, world)
+                meshes[strategy, world] = DeviceMesh(device, torch.arange(world).view(shape))
     for world, tokens, scaling in plan.points:
-        if world in meshes:
-            for strategy in plan.strategies:
-                if strategy == "ulysses" and plan.setting.heads < world:
-                    continue
-                one = measure(meshes[world], plan.setting, tokens=tokens, strategy=strategy, scaling=scaling)
+        for strategy in plan.strategies:
+            if (strategy, world) in meshes and dist.get_rank() < world:
+                one = measure(meshes[strategy, world], plan.setting, tokens=tokens, strategy=strategy, scaling=scaling)
                 found.append(one)
                 if dist.get_rank() == 0:
                     said(one)
         dist.barrier()
-    if (top := max(plan.worlds)) in meshes:
-        rates = measure_rates(meshes[top], found, plan.setting)
+    rates = measure_rates(DeviceMesh(device, torch.arange(max(plan.worlds))), found, plan.setting)
     dist.barrier()
-    assert rates is not None
     return {"measurements": [one.to_dict() for one in found], "rates": asdict(rates)}

@@ -16,7 +16,7 @@ from .problem import Batch, Causal, Dtype, HeadDim, KvHeads, Rates, Segments, in
 if TYPE_CHECKING:
     from ..benchmarking.parallel import ParallelMeasurement, Plan
 
-STRATEGIES = ("ring", "gather", "ulysses")
+STRATEGIES = ("ring", "gather", "ulysses", "hybrid")
 
 
 class ShardLayout(StrEnum):
@@ -49,8 +49,9 @@ def parallel(
 
     Starts its own processes on this machine (gloo on CPUs, NCCL on GPUs), or is one of torchrun's. Every point is a
     forward and a backward pass, the same with exchanges that move nothing, and the exchanges alone; bytes and messages
-    are compared with the formula, and the exchange with an all-gather of all keys and values. The file gets every
-    measurement, and the rates that `dilated-attention plan --measured` reckons with.
+    are compared with the formula, and the exchange with an all-gather of all keys and values. "hybrid", in which pairs
+    of ranks divide heads, is measured on 4, 8, ... ranks. The file gets every measurement, and the rates that
+    `dilated-attention plan --measured` reckons with.
 
     Exit code 1 where a byte count is not what the formula says.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 # Told apart under colour blindness.
@@ -28,6 +29,12 @@ def _png(figure: Any) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
+
+
+def _head(figure: Any, text: str) -> None:
+    """A title of lines that fit into the picture, whatever the length of the command; paths are broken too."""
+    lines = (part for line in text.splitlines() for part in textwrap.wrap(line, 150))
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def draw_comparison(found: dict[str, Any]) -> bytes:
@@ -60,7 +67,7 @@ def draw_comparison(found: dict[str, Any]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = held.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{found['what']}\n{found['requests']:,} requests of {found['sizes']:,} sizes", fontsize=10)
+    _head(figure, f"{found['what']}\n{found['requests']:,} requests of {found['sizes']:,} sizes")
     return _png(figure)
 
 
@@ -75,8 +82,9 @@ def draw_profile(found: dict[str, Any]) -> bytes:
     layers = [[size / 2**20 for size in found["bytes"][name]] for name in names]
     if found["seconds"]:
         axes.stackplot(found["seconds"], layers, labels=names, colors=colors, step="post", linewidth=0)
-    axes.set(xlabel="seconds", ylabel="MiB", title=f"{found['command']}: at most {size_text(found['peak'])}")
+    axes.set(xlabel="seconds", ylabel="MiB")
+    _head(figure, f"{found['command']}\nat most {size_text(found['peak'])}")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return _png(figure)

@@ -30,6 +30,7 @@ class Strategy(StrEnum):
     ring = "ring"
     gather = "gather"
     ulysses = "ulysses"
+    hybrid = "hybrid"
 
 
 def plan(

@@ -14,7 +14,7 @@ from .config import LongNetLMConfig
 from .rope import RotaryTables, rotate
 
 if TYPE_CHECKING:
-    from ..parallel import ContextParallel
+    from ..parallel import ContextParallel, Streaming
     from .model_cache import LayerCache, RecentRows
 
 
@@ -26,12 +26,12 @@ class Factory(TypedDict):
 
 
 class Documents(NamedTuple):
-    """Where documents lie in the rows of a batch, and the sequence on ranks; see :func:`dilated_attention`."""
+    """Where documents lie in the rows of a batch, and where the sequence lives; see :func:`dilated_attention`."""
 
     key_padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     key_start: int | Tensor
-    parallel: ContextParallel | None = None
+    parallel: ContextParallel | Streaming | None = None
 
 
 class Gains(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..merge import accumulator_dtype
+from ..parallel import ContextParallel, Streaming, check_parallel
 from .blocks import (
     Block,
     CausalSelfAttention,
@@ -25,9 +26,6 @@ from .config import LongNetLMConfig
 from .generation import Prompts, Sampling, stream_tokens
 from .model_cache import ModelCache
 from .rope import document_positions, rotary_tables
-
-if TYPE_CHECKING:
-    from ..parallel import ContextParallel
 
 
 class LongNetLM(nn.Module):
@@ -92,7 +90,7 @@ class LongNetLM(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
-        parallel: ContextParallel | None = None,
+        parallel: ContextParallel | Streaming | None = None,
         cache: ModelCache | None = None,
     ) -> Tensor:
         """Logits ``(B, N, vocab_size)`` of the token that follows each of ``tokens (B, N)`` int64.
@@ -104,7 +102,8 @@ class LongNetLM(nn.Module):
             key_start: position in the document of row 0, int or ``(B,)`` int64; ``-n`` for n tokens of
                 padding at the left, so that the document behind it is computed as if alone.
             parallel: ``tokens`` are this rank's rows of a sharded sequence (``ContextParallel.shard``), and so are
-                the logits; cu_seqlens and key_start are those of the whole sequence.
+                the logits; cu_seqlens and key_start are those of the whole sequence. Or a `Streaming`, with the model
+                and the tokens in host memory: attention goes through its device, all else stays on the CPU.
             cache: what the tokens continue (see :meth:`make_cache`), and join. No other argument goes with it.
 
         Raises:
@@ -123,7 +122,7 @@ class LongNetLM(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
-        parallel: ContextParallel | None = None,
+        parallel: ContextParallel | Streaming | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = -100,
         chunk: int = 4096,
@@ -261,13 +260,14 @@ class LongNetLM(nn.Module):
     def features(self, tokens: Tensor, documents: Documents, cache: ModelCache | None = None) -> Tensor:
         """The normalised residual stream ``(B, N, embed_dim)`` that the logits are projected from."""
         config, parallel = self.config, documents.parallel
-        if parallel is not None and (config.ngram_sizes or config.short_convolution):
+        check_parallel(parallel)
+        if isinstance(parallel, ContextParallel) and (config.ngram_sizes or config.short_convolution):
             name = "ngram_sizes" if config.ngram_sizes else "short_convolution"
             raise ValueError(f"{name} reads rows that the neighbour rank holds; leave it out of the configuration")
         if cache is not None:
             documents = _continued(documents, cache)
         embedded = self._embed(tokens)
-        rows = None if parallel is None else parallel.positions(tokens.device)
+        rows = parallel.positions(tokens.device) if isinstance(parallel, ContextParallel) else None
         positions = document_positions(
             tokens, cu_seqlens=documents.cu_seqlens, key_start=documents.key_start, rows=rows
         )

@@ -11,7 +11,7 @@ from ..merge import accumulator_dtype
 from ..patterns import DilatedPattern
 from ..types import Document, Options, Shape
 from .cost import Estimate, Rates, candidates, estimate
-from .hybrid import rows_of_ranks, total
+from .hybrid import mesh_shape, rows_of_ranks, total
 from .schedule import Call
 from .shard import Layout
 
@@ -70,7 +70,7 @@ def whole_call(
 def predict(
     call: Call, devices: int, *, strategy: str = "auto", layout: Layout = "contiguous", rates: Rates | None = None
 ) -> Prediction:
-    """The costs of ``call`` on a 1-D mesh of ``devices`` ranks; a pure function.
+    """The costs of ``call`` on a 1-D mesh of ``devices`` ranks ("hybrid": 2-D, pairs divide heads); a pure function.
 
     >>> pattern = DilatedPattern.geometric(1 << 20, ratio=4)
     >>> call = whole_call(pattern, tokens=1 << 20, heads=16, kv_heads=16, head_dim=64, dtype=torch.bfloat16,
@@ -97,9 +97,10 @@ def predict(
 def _estimate(call: Call, devices: int, strategy: str, layout: Layout, rates: Rates) -> Estimate:
     if call.shape.key_rows < devices:
         raise ValueError(f"{call.shape.key_rows} tokens are fewer than {devices} devices; give each one at least")
-    rows = rows_of_ranks(call.shape.key_rows, (devices,), layout)
+    mesh = mesh_shape(strategy, devices)
+    rows = rows_of_ranks(call.shape.key_rows, mesh, layout)
     if strategy != "auto":
-        return estimate(call, strategy, (devices,), "ring", rows, rates)
+        return estimate(call, strategy, mesh, "ring", rows, rates)
     return candidates(call, (devices,), "ring", rows, rates)[0][0]
 
 
@@ -115,7 +116,10 @@ def _memory(call: Call, devices: int, found: Estimate) -> int:
     keys = rows * shape.kv_heads * (shape.head_dim + shape.value_dim)
     held = size * (query + keys + 2 * out) + acc * rows * shape.heads  # q, k, v, out, its gradient, the log-sum-exp
     gradients = (acc + size) * (query + keys)  # sums, and a backend's share of them
-    if found.strategy == "ulysses":  # inputs and results once more, by heads, and what one exchange sends and receives
+    if found.strategy in (
+        "ulysses",
+        "hybrid",
+    ):  # inputs and results once more, by heads, and what one exchange sends and receives
         return 2 * held + gradients + 2 * found.receive_bytes
     # Rows fetched, and gradients in the accumulators' dtype: those sent home and those that arrive.
     return held + gradients + found.receive_bytes * (1 + 2 * acc // size)

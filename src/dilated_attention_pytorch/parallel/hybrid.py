@@ -65,6 +65,23 @@ def check_strategy(strategy: str, layout: str, across: str, dimensions: int) -> 
         raise ValueError("strategy 'hybrid' takes a 2-D mesh (ring x heads), and this one has 1 dimension")
 
 
+PAIR = 2
+"""Ranks that divide heads in the mesh that "hybrid" is measured and predicted on."""
+
+
+def mesh_shape(strategy: str, ranks: int) -> tuple[int, ...]:
+    """The shape of a mesh of so many ranks that a strategy is measured on: for "hybrid" pairs of ranks divide heads.
+
+    Raises:
+        ValueError: "hybrid" and a number of ranks that has no two pairs.
+    """
+    if strategy != "hybrid":
+        return (ranks,)
+    if ranks % PAIR or ranks < 2 * PAIR:
+        raise ValueError(f"strategy 'hybrid' needs an even number of ranks, 4 at least, not {ranks}")
+    return ranks // PAIR, PAIR
+
+
 def rows_of_ranks(length: int, mesh: tuple[int, ...], layout: Layout) -> list[Ranges]:
     """The ranges of rows that every rank of the mesh holds, the last dimension of the mesh fastest."""
     return list(ranges(length, mesh[0], layout) if len(mesh) == 1 else nested_ranges(length, *mesh, layout))

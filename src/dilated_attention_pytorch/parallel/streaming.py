@@ -13,7 +13,9 @@ from ..memory import MemoryPool, SimplePool
 from ..types import AttentionOutput
 from .streaming_attention import StreamedAttention
 from .streaming_budget import Pass, Schedule, least_budget, schedule
-from .streaming_run import Job
+from .streaming_forecast import Forecast, forecast
+from .streaming_run import Job, chunk_alone
+from .streaming_session import slots_of_a_feed
 from .streaming_transfer import Moved
 
 
@@ -33,8 +35,8 @@ class Streaming:
         pool: where buffers on the device come from; by default one of its own, which keeps nothing between calls.
 
     A GPU copies page-locked, contiguous tensors (``tensor.pin_memory()``) directly and at full speed, and results are
-    then page-locked too; everything else goes through page-locked staging of some 256 MiB. The backward pass holds
-    gradients of key and value in host memory in float32 while segments are longer than a chunk.
+    then page-locked too; everything else goes through page-locked staging of some 256 MiB. What chunks have for keys
+    of other chunks is summed in host memory in float32: one row in r of the segments that chunks cut.
 
     ``backend`` is what computes a chunk's own pairs; pairs across chunks are left to PyTorch's fused kernels, or to
     plain PyTorch where none takes the dtype, the head dims, dropout or a gradient of lse.
@@ -77,16 +79,8 @@ class Streaming:
 
     def attend(self, arguments: dict[str, Any], backend: str) -> AttentionOutput:
         """out (B, Nq, H, Dv) and lse (B, Nq, H) in host memory, for the checked arguments of the operator."""
-        for name in ("query", "key", "value"):
-            if arguments[name].device.type != "cpu":
-                raise ValueError(
-                    f"{name} is on {arguments[name].device}; Streaming takes tensors in host memory, and without "
-                    "parallel= the device that holds them attends over them"
-                )
-        device = torch.device(self.device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        problem = make_problem(**arguments, device=str(device))
+        device = self._place()
+        problem = self._problem(arguments, device, ("cpu",))
         query, key, value = (arguments[name] for name in ("query", "key", "value"))
         seed = int(torch.randint(2**62, (1,))) if arguments["dropout_p"] else None
         job = self._job(problem, backend, device, seed)
@@ -96,6 +90,30 @@ class Streaming:
         self._check(passes)
         out, lse = StreamedAttention.apply(query, key, value, arguments["key_padding_mask"], job)
         return AttentionOutput(out, lse if problem.options.mixing_grad == "exact" else lse.detach())
+
+    def forecast(self, arguments: dict[str, Any], backend: str) -> tuple[Problem, Problem, Forecast]:
+        """The whole call, the first chunk's own part of it, and what is moved: for tensors, or meta tensors."""
+        problem = self._problem(arguments, self._place(), ("cpu", "meta"))
+        one = Pass(problem, backend, slots_of_a_feed(torch.device(problem.device)))
+        first = self._schedule(one).chunks[0]
+        own = chunk_alone(problem, first, masked=problem.has_mask)
+        return problem, own, forecast(one, self._schedule, self.memory_budget)
+
+    def _place(self) -> torch.device:
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return device
+
+    def _problem(self, arguments: dict[str, Any], device: torch.device, allowed: tuple[str, ...]) -> Problem:
+        """The whole call on the device that computes, of inputs that lie on devices of these types."""
+        for name in ("query", "key", "value"):
+            if arguments[name].device.type not in allowed:
+                raise ValueError(
+                    f"{name} is on {arguments[name].device}; Streaming takes tensors in host memory (in a model, one "
+                    "whose parameters are there), and without parallel= the device that holds them attends over them"
+                )
+        return make_problem(**arguments, device=str(device))
 
     def _job(self, problem: Problem, backend: str, device: torch.device, seed: int | None) -> Job:
         def after() -> None:

@@ -3,13 +3,12 @@
 A chunk's queries stay on the device until their result is whole: its own pairs in one call of a backend, then every
 tile of keys from outside joins by its log-sum-exp. So out and lse go to the host once, and a key is read once with its
 own chunk and once for each other chunk of a segment. The backward pass goes the same way from the final (out, lse);
-where a key belongs to several chunks its gradients add up in host memory, in the accumulators' dtype.
+what chunks have for keys of other chunks adds up in host memory (`KeySums`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from ..backends import Problem, choose
 from ..backends.ops import no_autocast
-from ..backends.problem import Part
 from ..merge import accumulator_dtype, merge_
 from .dense import dense_backward, dense_forward
-from .streaming_plan import Tile, block_rows, key_rows, query_rows
-from .streaming_run import Job, Run, host_tensor
+from .streaming_plan import Tile, block_runs, key_rows, part_of_run, query_rows, rows_of_run
+from .streaming_run import Job, Run, branch_alone, host_tensor
+from .streaming_sums import KeySums
 from .streaming_transfer import Copy, Loaded
 
 
@@ -45,8 +44,8 @@ def stream_forward(
             own = run.own(chunk, masked=bool(hidden))
             chosen = choose(job.backend, own).backend
             out, lse = chosen.forward(q, k, v, own, mask=hidden[0] if hidden else None, seed=job.seed)
+            run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
             run.tiles.ahead()
-            run.chunks.ahead()
             finish()
             total: Tensor | None = None
             for tile in run.tiles_of(index):
@@ -96,10 +95,10 @@ def stream_backward(
     one = job.one(problem, backward=True, grad_lse=grad_lse is not None)
     problem, acc = one.problem, accumulator_dtype(query.dtype)
     schedule = job.schedule(one)
-    add_query, add = sums is not None, sums is not None or bool(schedule.tile_rows)
+    add, others = sums is not None, KeySums((key.shape[3], value.shape[3]), acc)
     if sums is None:
-        sums = [host_tensor(query, tuple(query.shape), query.dtype)]
-        sums += [host_tensor(t, tuple(t.shape), acc if add else t.dtype, zero=add) for t in (key, value)]
+        fewer = query.shape[1] < key.shape[1]  # keys before the first query are of no chunk
+        sums = [host_tensor(t, tuple(t.shape), t.dtype, zero=fewer) for t in (query, key, value)]
     tensors = (query, key, value, grad_out, out, lse, *([] if grad_lse is None else [grad_lse]))
     with job.session() as session, no_autocast(job.device.type):
         run = Run(job, one, schedule, session, tensors, mask)
@@ -109,19 +108,19 @@ def stream_backward(
             index, chunk = loaded.item
             side = _Side(run, loaded.tensors)
             grads = list(side.own(run.own(chunk, masked=side.hidden is not None), job.backend))
+            run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
             run.tiles.ahead()
-            run.chunks.ahead()
             finish()
             finish = _nothing
             for tile in run.tiles_of(index):
                 grads[0] = grads[0].to(acc)
-                copies = side.tile(tile, grads[0], sums)
+                copies = side.tile(tile, grads[0], sums if add else others)
                 finish()
                 finish = run.mover.download(copies)
                 del copies
             grads[0] = grads[0].to(sums[0].dtype)
             copies = [
-                Copy(run.host(total, chunk, key=i > 0), grad, add=add if i else add_query)
+                Copy(run.host(total, chunk, key=i > 0), grad, add=add)
                 for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
             ]
             del side, grads
@@ -130,6 +129,7 @@ def stream_backward(
             del copies
         finish()
     job.after()
+    others.join(sums[1:])
     return sums
 
 
@@ -173,8 +173,8 @@ class _Side:
             seed=self.run.job.seed,
         )
 
-    def tile(self, loaded: Loaded[Tile], dq: Tensor, sums: list[Tensor]) -> list[Copy]:
-        """Add a tile's share to dQ; the copies that bring its dK and dV home."""
+    def tile(self, loaded: Loaded[Tile], dq: Tensor, home: list[Tensor] | KeySums) -> list[Copy]:
+        """Add a tile's share to dQ; the copies that bring its dK and dV home: to sums of all rows, or of these."""
         tile, (k, v), scale = loaded.item, loaded.tensors, self.run.problem.options.scale
         totals = [torch.zeros_like(t, dtype=dq.dtype) for t in (k, v)]
         for r in self.run.rectangles(tile):
@@ -194,16 +194,18 @@ class _Side:
                     key_rows(total, r)[:, :1].add_(part.sum(1, keepdim=True, dtype=total.dtype))
                 else:
                     key_rows(total, r).add_(part)
-        return [
-            Copy(
-                block_rows(total, tile.batch, block),
-                part[block.start : block.start + block.rows],
-                block.shown,
-                add=True,
-            )
-            for total, part in zip(sums[1:], totals, strict=True)
-            for block in tile.blocks
-        ]
+
+        found = []
+        for blocks in block_runs(tile):
+            if isinstance(home, KeySums):
+                places = home.rows(tile, blocks)
+            else:
+                places = [rows_of_run(total, tile.batch, blocks) for total in home[1:]]
+            found += [
+                Copy(place, part_of_run(total, blocks), blocks.first.shown, add=True)
+                for place, total in zip(places, totals, strict=True)
+            ]
+        return found
 
 
 class StreamedAttention(torch.autograd.Function):
@@ -260,10 +262,8 @@ def _detached(
     """Each branch is differentiated with its own output; the weights exp(branch lse - lse) are constants."""
     acc = accumulator_dtype(query.dtype)
     sums = [host_tensor(t, tuple(t.shape), acc, zero=True) for t in (query, key, value)]
-    shape = job.problem.shape
     for index in range(len(job.problem.pattern.branches)):
-        part = Part(shape.heads, 0, ((0, shape.key_rows),), index)
-        alone = replace(job.problem.branch(index), part=part)
+        alone = branch_alone(job.problem, index)
         out, _ = stream_forward(job, query, key, value, mask, alone)
         stream_backward(job, grad_out, None, query, key, value, out, lse, mask, sums, alone)
     return sums

@@ -72,6 +72,8 @@ class Tile:
     branch: int
     blocks: tuple[Block, ...]
     rectangles: tuple[Rectangle, ...]
+    segment: tuple[int, int] = (0, 0)
+    """First key row of the segment, and the one behind its last."""
 
     @property
     def rows(self) -> int:
@@ -176,14 +178,15 @@ def tiles(
                     keys = a, min(stop, a + span)
                     found = _tile(pattern, shape, segment, r, queries, keys)
                     if found.rectangles:
-                        # From positions to rows: of the chunk for queries, of the whole for keys.
-                        yield _moved(found, index, branch, chunk, d.row - d.position)
+                        whole = max(segment, d.position), min(segment + w, d.position + d.rows)
+                        yield _moved(found, index, branch, chunk, d.row - d.position, whole)
 
 
-def _moved(tile: Tile, index: int, branch: int, chunk: Chunk, origin: int) -> Tile:
+def _moved(tile: Tile, index: int, branch: int, chunk: Chunk, origin: int, segment: tuple[int, int]) -> Tile:
+    """From positions to rows: of the chunk for queries, of the whole for keys."""
     blocks = tuple(replace(block, row=block.row + origin) for block in tile.blocks)
     rectangles = tuple(replace(r, row=r.row + origin - chunk.row) for r in tile.rectangles)
-    return Tile(index, chunk.batch, branch, blocks, rectangles)
+    return Tile(index, chunk.batch, branch, blocks, rectangles, (segment[0] + origin, segment[1] + origin))
 
 
 class _Item(NamedTuple):
@@ -294,7 +297,53 @@ def key_rows(tile: Tensor, r: Rectangle) -> Tensor:
     )
 
 
-def block_rows(tensor: Tensor, batch: int, block: Block) -> Tensor:
-    """The active rows of a block, hidden ones too, of a tensor (B, N, G, D), as (rows, D)."""
-    active = block.rows if block.shown is None else int(block.shown[-1]) + 1
-    return tensor[batch, block.row : block.row + block.rate * (active - 1) + 1 : block.rate, block.kv_head]
+class BlockRun(NamedTuple):
+    """Blocks of as many rows that follow each other in a tile, each ``head_step`` heads and ``row_step`` rows on.
+
+    In their segment they begin as many periods of the rate after its first row. A block with hidden rows is alone.
+    """
+
+    first: Block
+    blocks: int
+    head_step: int
+    row_step: int
+
+
+def block_runs(tile: Tile) -> Iterator[BlockRun]:
+    """The blocks of a tile in runs, each of which one strided copy moves."""
+    begin, rest = tile.segment[0], list(tile.blocks)
+    while rest:
+        first, count, step = rest[0], 1, (0, 0)
+        for block in rest[1:]:
+            delta = (
+                block.kv_head - first.kv_head - (count - 1) * step[0],
+                block.row - first.row - (count - 1) * step[1],
+            )
+            alike = (block.rows, block.rate) == (first.rows, first.rate) and block.shown is None is first.shown
+            level = (block.row - begin) // block.rate == (first.row - begin) // first.rate
+            if not (alike and level) or min(delta) < 0 or (count > 1 and delta != step):
+                break
+            count, step = count + 1, delta
+        yield BlockRun(first, count, *step)
+        rest = rest[count:]
+
+
+def rows_of_run(tensor: Tensor, batch: int, run: BlockRun) -> Tensor:
+    """The rows of a run, of a tensor (B, N, G, D), as (blocks, rows, D); of one block, hidden ones too: (rows, D)."""
+    first = run.first
+    if run.blocks == 1:
+        active = first.rows if first.shown is None else int(first.shown[-1]) + 1
+        return tensor[batch, first.row : first.row + first.rate * (active - 1) + 1 : first.rate, first.kv_head]
+    sb, sn, sh, sd = tensor.stride()
+    return tensor.as_strided(
+        (run.blocks, first.rows, tensor.shape[3]),
+        (run.row_step * sn + run.head_step * sh, first.rate * sn, sd),
+        tensor.storage_offset() + batch * sb + first.row * sn + first.kv_head * sh,
+    )
+
+
+def part_of_run(tile: Tensor, run: BlockRun) -> Tensor:
+    """The rows of a run in a tile (rows, D), shown ones alone, as `rows_of_run`."""
+    first = run.first
+    rows = tile[first.start : first.start + run.blocks * first.rows]
+    return rows if run.blocks == 1 else rows.view(run.blocks, first.rows, tile.shape[1])

@@ -15,7 +15,18 @@ from ..memory import MemoryPool
 from ..merge import accumulator_dtype
 from .dense import Keep
 from .streaming_budget import PLAIN_ROWS, Pass, Schedule, chunk_specs, fused, tile_specs
-from .streaming_plan import Chunk, Rectangle, Tile, block_rows, own_documents, split, tiles, without_hidden
+from .streaming_plan import (
+    Chunk,
+    Rectangle,
+    Tile,
+    block_runs,
+    own_documents,
+    part_of_run,
+    rows_of_run,
+    split,
+    tiles,
+    without_hidden,
+)
 from .streaming_session import Session, slots_of_a_feed
 from .streaming_transfer import Copy, Feed, Loaded, Moved, carve
 
@@ -50,6 +61,20 @@ def host_tensor(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, zer
     """A result in host memory, page-locked where the input that it belongs to is."""
     make = torch.zeros if zero else torch.empty
     return make(shape, dtype=dtype, pin_memory=like.is_pinned())
+
+
+def branch_alone(problem: Problem, index: int) -> Problem:
+    """A branch of the whole call, which draws its part of the dropout mask."""
+    part = Part(problem.shape.heads, 0, ((0, problem.shape.key_rows),), index)
+    return replace(problem.branch(index), part=part)
+
+
+def chunk_alone(problem: Problem, chunk: Chunk, *, masked: bool, part: Part | None = None) -> Problem:
+    """A chunk's own pairs."""
+    shape = replace(problem.shape, batch=chunk.batches, query_rows=chunk.rows, key_rows=chunk.rows)
+    documents = own_documents(problem.documents, chunk, problem.pattern, zeros=problem.options.padding == "zeros")
+    options = replace(problem.options, mixing_grad="exact")
+    return replace(problem, shape=shape, options=options, documents=documents, has_mask=masked, fold=True, part=part)
 
 
 class Run:
@@ -105,26 +130,20 @@ class Run:
     def _load_tile(self, tile: Tile, memory: Tensor) -> tuple[list[Tensor], list[Copy]]:
         places = carve(memory, tile_specs(self.one, tile.rows))
         copies = [
-            Copy(block_rows(host, tile.batch, block), near[block.start : block.start + block.rows], block.shown)
+            Copy(rows_of_run(host, tile.batch, blocks), part_of_run(near, blocks), blocks.first.shown)
             for host, near in zip(self.tensors[1:3], places, strict=True)
-            for block in tile.blocks
+            for blocks in block_runs(tile)
         ]
         self.job.moved.tiles += 1
         return places, copies
 
     def own(self, chunk: Chunk, *, masked: bool) -> Problem:
         """A chunk alone."""
-        problem = self.problem
-        shape = replace(problem.shape, batch=chunk.batches, query_rows=chunk.rows, key_rows=chunk.rows)
-        documents = own_documents(problem.documents, chunk, problem.pattern, zeros=problem.options.padding == "zeros")
-        options = replace(problem.options, mixing_grad="exact")
         part = None
         if self.job.seed is not None:  # batch rows count as heads: entry 0 of the chunk is not that of the whole
-            rows = ((chunk.row, chunk.row + chunk.rows),)
-            part = Part(shape.heads, chunk.batch * shape.heads, rows, self.first_branch)
-        return replace(
-            problem, shape=shape, options=options, documents=documents, has_mask=masked, fold=True, part=part
-        )
+            rows, heads = ((chunk.row, chunk.row + chunk.rows),), self.problem.shape.heads
+            part = Part(heads, chunk.batch * heads, rows, self.first_branch)
+        return chunk_alone(self.problem, chunk, masked=masked, part=part)
 
     def tiles_of(self, index: int) -> Iterator[Loaded[Tile]]:
         """The tiles of a chunk, each while the next one is on its way."""

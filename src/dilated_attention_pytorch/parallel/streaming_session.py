@@ -32,20 +32,24 @@ class _Stage:
 
 
 class CudaMover:
-    """The device is a GPU: one stream for uploads, one for downloads, beside the current one, which computes."""
+    """The device is a GPU: a stream for the uploads of each feed, one for downloads, beside the current one, which
+    computes. Tiles are small and wanted at once; on one stream they would wait behind a chunk that is not.
+    """
 
     depth = 2
 
-    def __init__(self, device: torch.device, moved: Moved, stages: Sequence[Tensor]) -> None:
+    def __init__(self, device: torch.device, moved: Moved, stages: Sequence[Tensor], feeds: int) -> None:
         self.moved, self.compute = moved, torch.cuda.current_stream(device)
-        self.inward, self.outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self.inward.wait_stream(self.compute)  # slots may hold what somebody else's work still reads
+        self.inward, self.outward = [torch.cuda.Stream(device) for _ in range(feeds)], torch.cuda.Stream(device)
+        for stream in self.inward:  # slots may hold what somebody else's work still reads
+            stream.wait_stream(self.compute)
         half = len(stages) // 2
         self._up, self._down = (deque(map(_Stage, part)) for part in (stages[:half], stages[half:]))
 
     def upload(self, copies: Sequence[Copy], slot: Slot) -> torch.cuda.Event:
+        inward = self.inward[slot.feed]
         if slot.free is not None:
-            self.inward.wait_event(slot.free)
+            inward.wait_event(slot.free)
         base, begin, end = slot.memory.data_ptr(), 0, 0  # bytes of the slot that the current stage holds
         stage = self._up[0]
 
@@ -53,11 +57,11 @@ class CudaMover:
             nonlocal begin
             if end > begin:
                 slot.memory[begin:end].copy_(stage.memory[: end - begin], non_blocking=True)
-                stage.busy = self.inward.record_event()
+                stage.busy = inward.record_event()
                 self._up.rotate(-1)
             begin = end
 
-        with torch.cuda.stream(self.inward):
+        with torch.cuda.stream(inward):
             for whole in copies:
                 self.moved.bytes_in += whole.near.nbytes
                 if whole.index is None and whole.host.is_contiguous() and whole.host.is_pinned():
@@ -75,7 +79,7 @@ class CudaMover:
                     copy.gather(place.view(copy.near.dtype).view(copy.near.shape))
                     end = start + size
             flush()
-        return self.inward.record_event()
+        return inward.record_event()
 
     def arrived(self, token: torch.cuda.Event | None) -> None:
         if token is not None:
@@ -128,8 +132,9 @@ class CudaMover:
         return finish
 
     def close(self) -> None:
-        self.compute.wait_stream(self.inward)
-        self.inward.synchronize()
+        for stream in self.inward:
+            self.compute.wait_stream(stream)
+            stream.synchronize()
         self.outward.synchronize()
 
 
@@ -139,6 +144,7 @@ class Session(AbstractContextManager["Session"]):
     def __init__(self, device: torch.device, pool: MemoryPool, staging: MemoryPool, moved: Moved) -> None:
         self.device, self.pool, self.staging, self.moved = device, pool, staging, moved
         self._stack = ExitStack()
+        self._slots: list[Slot] = []
         self.mover: Mover = DirectMover(moved)
 
     def __enter__(self) -> Session:
@@ -152,20 +158,24 @@ class Session(AbstractContextManager["Session"]):
     def start(self, *sizes: int, largest: int) -> list[list[Slot]]:
         """The slots of each feed, of these many bytes each; no copy is larger than ``largest`` bytes."""
         depth = slots_of_a_feed(self.device)
-        memories = [[self._lease(self.pool, size, self.device) for _ in range(depth)] for size in sizes]
-        self.mover = self._mover(largest)
+        rows = [[self._lease(self.pool, size, self.device) for _ in range(depth)] for size in sizes]
+        self.mover = self._mover(largest, len(sizes))
         self._stack.callback(self.mover.close)  # before the leases go back
-        return [[Slot(memory) for memory in row] for row in memories]
+        found = [[Slot(memory, number) for memory in row] for number, row in enumerate(rows)]
+        self._slots = [slot for feed in found for slot in feed]
+        return found
 
-    def _mover(self, largest: int) -> Mover:
+    def _mover(self, largest: int, feeds: int) -> Mover:
         if self.device.type != "cuda":
             return DirectMover(self.moved)
         size = min(STAGE_BYTES, largest)
         stages = [self._lease(self.staging, size, torch.device("cpu")) for _ in range(4)]
-        return CudaMover(self.device, self.moved, stages)
+        return CudaMover(self.device, self.moved, stages, feeds)
 
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(None, None, None)
+        for slot in self._slots:
+            slot.give_up()
 
 
 def slots_of_a_feed(device: torch.device) -> int:

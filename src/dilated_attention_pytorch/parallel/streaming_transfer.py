@@ -99,7 +99,13 @@ class Slot:
     """Bytes on the device, and when the computation that used them last is over."""
 
     memory: Tensor
+    feed: int = 0
+    """The number of the feed that fills it; feeds do not wait for each other's copies."""
     free: torch.cuda.Event | None = None
+
+    def give_up(self) -> None:
+        """Let go of the bytes, whoever still knows the slot: a feed and what loads its items refer to each other."""
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
 
 class Mover(Protocol):
