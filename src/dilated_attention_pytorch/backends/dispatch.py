@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -120,6 +121,12 @@ def choose(name: str, problem: Problem, *, backward: bool = False, grad_lse: boo
         ValueError: an unknown name, or a backend asked for by name that cannot compute the problem.
     """
     check_backend(name)
+    return _choose(name, problem, backward, grad_lse, torch.are_deterministic_algorithms_enabled())
+
+
+@lru_cache(maxsize=1024)
+def _choose(name: str, problem: Problem, backward: bool, grad_lse: bool, deterministic: bool) -> Choice:
+    """``deterministic`` is torch's setting, which `unsupported` reads."""
     preferred = preference(problem, backward=backward) if name == "auto" else ()
     return Choice(*select(name, BACKENDS, preferred, problem, backward=backward, grad_lse=grad_lse))
 

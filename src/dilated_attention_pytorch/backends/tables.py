@@ -54,6 +54,7 @@ def branch_table(pattern: DilatedPattern, device: str) -> Tensor:
     return torch.tensor(clamped, dtype=torch.int32).to(device)
 
 
+@lru_cache(maxsize=64)
 def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
     """The cell table on the device, and the class stride."""
     stride = class_stride(problem.pattern, block, longest_position(problem))
@@ -61,6 +62,7 @@ def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[
     return table, stride
 
 
+@lru_cache(maxsize=256)
 def covered(problem: Problem, side: Literal["query", "key"]) -> bool:
     """Whether a tile writes every row: rows outside documents (left padding) and keys without a query have none."""
     shape = problem.shape

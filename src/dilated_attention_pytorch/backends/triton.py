@@ -220,17 +220,27 @@ def add_zero_keys_(out: Tensor, lse: Tensor, problem: Problem) -> None:
     """Join the zero keys of ``padding="zeros"`` to a finished (out, lse), in place; most rows have none."""
     from ..kernels.zero_keys import zero_keys_kernel
 
+    found = zero_keys_arguments(problem, out.shape[3])
+    if found is not None:
+        grid, arguments = found
+        zero_keys_kernel[(grid,)](out, lse, *arguments)
+
+
+@lru_cache(maxsize=64)
+def zero_keys_arguments(problem: Problem, value_dim: int) -> tuple[int, tuple[Any, ...]] | None:
+    """Programs of the zero keys' kernel and its arguments behind (out, lse), or None where there are no zero keys."""
+    pattern, shape, documents = problem.pattern, problem.shape, problem.documents
     if problem.options.padding != "zeros" or problem.options.is_causal:
-        return
-    if all(d.length % w == 0 and w % r == 0 for d in problem.documents for w, r in pairs(problem.pattern)):
-        return
-    table = cell_table(problem.pattern, problem.shape, problem.documents, _ROWS, "query", problem.device)
-    zero_keys_kernel[(len(table) * problem.shape.heads,)](
-        out, lse, cells=table, branches=branch_table(problem.pattern, problem.device), num_cells=len(table), stride=1,
-        interleaved=int(problem.pattern.head_offsets == "interleaved"), num_branches=len(problem.pattern.branches),
-        num_heads=problem.shape.heads, query_rows_total=problem.shape.query_rows, DV=out.shape[3],
-        PADDED_V=_padded(out.shape[3]), BLOCK=_ROWS,
+        return None
+    if all(d.length % w == 0 and w % r == 0 for d in documents for w, r in pairs(pattern)):
+        return None
+    table = cell_table(pattern, shape, documents, _ROWS, "query", problem.device)
+    branches = branch_table(pattern, problem.device)
+    arguments = (
+        table, branches, len(table), 1, int(pattern.head_offsets == "interleaved"), len(pattern.branches), shape.heads,
+        shape.query_rows, value_dim, _padded(value_dim), _ROWS,
     )  # fmt: skip
+    return len(table) * shape.heads, arguments
 
 
 def _narrow(tensor: Tensor, dim: int) -> Tensor:
