@@ -22,6 +22,15 @@ def longest_position(problem: Problem) -> int:
     return max((document.position + document.rows for document in problem.documents), default=1)
 
 
+_read_by_graphs: list[object] = []
+
+
+def hold_for_replays(*objects: object) -> None:
+    """Never let go of what a CUDA graph that is being captured will read by address: caches may forget it."""
+    if torch.cuda.is_current_stream_capturing():
+        _read_by_graphs.append(objects)
+
+
 @lru_cache(maxsize=16)
 def capability(device: str) -> tuple[int, int]:
     """Compute capability of a CUDA device."""

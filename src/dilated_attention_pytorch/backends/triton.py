@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..kernels import has_triton, interpreted
 from .problem import Problem
-from .tables import LONGEST, branch_table, capability, cell_table, covered, longest_position, pairs, tiles
+from .tables import (
+    LONGEST,
+    branch_table,
+    capability,
+    cell_table,
+    covered,
+    hold_for_replays,
+    longest_position,
+    pairs,
+    tiles,
+)
 
 _LARGEST_DIM = 256
 _ROWS = 64
@@ -208,6 +218,7 @@ def _forward(
         size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
         table, stride = tiles(problem, size.block, "query")
         if len(table):
+            _hold(table, common["branches"])
             forward_kernel[(len(table) * stride * shape.heads,)](
                 *aligned, cells=table, num_cells=len(table), stride=stride, BLOCK=size.block, KEYS=size.others,
                 num_warps=size.warps, num_stages=size.stages, **common,
@@ -223,6 +234,7 @@ def add_zero_keys_(out: Tensor, lse: Tensor, problem: Problem) -> None:
     found = zero_keys_arguments(problem, out.shape[3])
     if found is not None:
         grid, arguments = found
+        _hold(*arguments[:2])
         zero_keys_kernel[(grid,)](out, lse, *arguments)
 
 
@@ -243,6 +255,11 @@ def zero_keys_arguments(problem: Problem, value_dim: int) -> tuple[int, tuple[An
     return len(table) * shape.heads, arguments
 
 
+def _hold(*tables: Tensor) -> None:
+    if tables[0].is_cuda:
+        hold_for_replays(*tables)
+
+
 def _narrow(tensor: Tensor, dim: int) -> Tensor:
     """Without the columns that `_aligned` added."""
     return tensor if tensor.shape[3] == dim else tensor[..., :dim].contiguous()
@@ -257,6 +274,7 @@ def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> 
     tasks = len(table) * shape.heads
     if not tasks:
         return
+    _hold(table, common["branches"])
     keys = 64 if common["PADDED"] * aligned[0].element_size() <= 256 else 32
     longest = longest_position(problem)
     blocks = sum(-(-min(w, longest) // r // keys) for w, r in pairs(problem.pattern))
@@ -335,6 +353,7 @@ def backward(
     sizes = _sizes(_padded(dim), size, problem.device, "query")
     table, stride = tiles(problem, sizes.block, "query")
     if len(table):
+        _hold(table, common["branches"])
         query_kernel[(len(table) * stride * shape.heads,)](
             *aligned[:3], grad_out=aligned[3], grad_query=dq, cells=table, num_cells=len(table), stride=stride,
             BLOCK=sizes.block, KEYS=sizes.others, num_warps=sizes.warps, num_stages=sizes.stages, **common,
@@ -342,6 +361,7 @@ def backward(
     sizes = _sizes(_padded(dim), size, problem.device, "key")
     table, stride = tiles(problem, sizes.block, "key")
     if len(table):
+        _hold(table)
         key_kernel[(len(table) * stride * shape.kv_heads,)](
             *aligned[:3], grad_out=aligned[3], grad_key=dk, grad_value=dv, cells=table, num_cells=len(table),
             key_rows_total=shape.key_rows, stride=stride, BLOCK=sizes.block, QUERIES=sizes.others,

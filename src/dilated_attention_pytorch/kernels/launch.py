@@ -39,6 +39,10 @@ class View(NamedTuple):
     layout: gl.NVMMASharedLayout
 
 
+_captured: list[Launch] = []
+"""Launches in CUDA graphs, never let go of."""
+
+
 class Launch:
     """``launch(*tensors)`` runs ``kernel`` on ``grid`` programs of the current stream.
 
@@ -62,6 +66,8 @@ class Launch:
         self._parts: list[Callable[[list[int]], Sequence[Any]]] = []
 
     def __call__(self, *tensors: Tensor) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(self)  # with the tensors among its constants, which replays read
         addresses = [tensor.data_ptr() for tensor in tensors]
         # Triton compiles another kernel for addresses that are no multiples of 16.
         if self._launcher is None or any(address & 15 for address in addresses):
