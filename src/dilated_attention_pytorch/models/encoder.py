@@ -237,13 +237,19 @@ class LongNetEncoder(nn.Module):
 
         One at a time, so that whoever wants a summary of every layer need not hold all of them.
         """
-        for stream in self._states(x, key_padding_mask, cu_seqlens, ordering):
-            yield stream.total() if ordering is None else ordering.invert(stream.total())
+        for stream in self._states(x, key_padding_mask, cu_seqlens, ordering, summed=True):
+            yield stream.x if ordering is None else ordering.invert(stream.x)
 
     def _states(
-        self, x: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, ordering: HilbertOrdering | None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ordering: HilbertOrdering | None,
+        *,
+        summed: bool = False,
     ) -> Iterator[Stream]:
-        """The residual stream, its rows in the order of ``ordering``."""
+        """The residual stream, its rows in the order of ``ordering``; ``summed``: with no update still to be added."""
         config = self.config
         if x.dim() != 3 or x.shape[2] != config.embed_dim or 0 in x.shape:
             raise ValueError(
@@ -269,6 +275,8 @@ class LongNetEncoder(nn.Module):
                 stream = checkpoint(layer, stream, documents, tables, use_reentrant=False)
             else:
                 stream = layer(stream, documents, tables)
+            if summed:
+                stream = Stream(stream.total())
             yield stream
 
     def _longest_document(self, rows: int, cu_seqlens: Tensor | None) -> int:
