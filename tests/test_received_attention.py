@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dilated_attention_pytorch import dilated_attention_with_lse, received_attention
 from dilated_attention_pytorch.patterns import DilatedPattern
-from dilated_attention_pytorch.testing import multiplicity
+from dilated_attention_pytorch.testing import error_bound, max_error, multiplicity
 
 OPTIONS = {
     "plain": {},
@@ -38,11 +39,32 @@ def test_equals_the_column_sums_of_the_dense_weights(options, dtype, backend):
     lse = dilated_attention_with_lse(q64, k.double(), value, *pattern, backend="reference", **options).lse
     weights = m * torch.exp(scores - lse.unsqueeze(-1))
     expected = weights.sum(2).unflatten(1, (2, 2)).sum(2)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    acc = torch.promote_types(dtype, torch.float32)  # in which scores, weights and their sums are computed
+    eager = (m * torch.exp(scores.to(acc) - lse.to(acc).unsqueeze(-1))).to(acc).sum(2).unflatten(1, (2, 2)).sum(2)
+    assert max_error(got, expected) <= error_bound(expected, eager, acc)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     if "padding" not in options:
         torch.testing.assert_close(got.sum((1, 2)).double(), torch.full((2,), 200.0).double(), atol=1e-2, rtol=0)
+
+
+def peak_bytes(rows: int) -> int:
+    """Largest sum of live tensors while the attention of one slide is summed up, its result included."""
+    key = torch.randn(1, rows, 2, 16, generator=torch.Generator().manual_seed(0))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        received = received_attention(key, key, (256, 1024), (1, 4))
+    assert received.shape == (1, 2, rows)
+    live = peak = 0
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_memory_grows_with_the_rows_and_not_with_their_square():
+    short, long = peak_bytes(4096), peak_bytes(16384)
+    assert long < 4.2 * short
+    assert long < 16384 * 16384 * 4 / 16  # one head's weights in float32 are 1 GiB
 
 
 def test_gradients_are_left_alone_and_bad_input_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .backends.arguments import checked_tensors
 from .backends.dispatch import check_backend
-from .backends.ops import attention_forward
+from .backends.ops import attention
 from .merge import accumulator_dtype
 from .parallel import ContextParallel, Streaming, check_parallel
 from .patterns import DilatedPattern
@@ -157,7 +158,7 @@ def dilated_attention_with_lse(
         sharded, lse = parallel.attend(arguments, backend)
         return AttentionOutput(sharded, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    out, lse = attention_forward(**arguments, seed=seed, backend=backend)
+    out, lse = attention(**arguments, seed=seed, backend=backend)
     return AttentionOutput(out, (lse if mixing_grad == "exact" else lse.detach()).transpose(1, 2))
 
 
@@ -213,7 +214,7 @@ def checked_arguments(
     mixing_grad: MixingGrad = "exact",
 ) -> dict[str, Any]:
     """Arguments of the operator from those of the public functions, or the ValueError that says what is wrong."""
-    pattern = DilatedPattern(segment_lengths, dilation_rates, head_offsets)  # type: ignore[arg-type]  # makes tuples
+    pattern = _pattern(segment_lengths, dilation_rates, head_offsets)
     found = checked_tensors(
         query,
         key,
@@ -234,6 +235,21 @@ def checked_arguments(
         "padding": padding,
         "mixing_grad": mixing_grad,
     }
+
+
+def _pattern(
+    segment_lengths: Sequence[int], dilation_rates: Sequence[int], head_offsets: HeadOffsets
+) -> DilatedPattern:
+    if torch.compiler.is_compiling() or not isinstance(head_offsets, str):
+        return DilatedPattern(segment_lengths, dilation_rates, head_offsets)  # type: ignore[arg-type]  # makes tuples
+    pair = (segment_lengths, dilation_rates)
+    if any(type(values) not in (list, tuple) or any(type(value) is not int for value in values) for values in pair):
+        return DilatedPattern(segment_lengths, dilation_rates, head_offsets)  # type: ignore[arg-type]
+    return _pattern_of(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+
+
+_pattern_of = lru_cache(maxsize=256)(DilatedPattern)
+"""One record for equal patterns: making one checks it."""
 
 
 def check_choices(padding: str, mixing_grad: str) -> None:

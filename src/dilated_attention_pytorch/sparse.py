@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends.arguments import checked_tensors
-from .backends.ops import attention_forward
+from .backends.ops import attention
 from .backends.sparse.dispatch import check_sparse_backend
 from .backends.sparse.gate import check_gate, sparse_gate
 from .backends.sparse.ops import sparse_forward
@@ -155,7 +155,7 @@ def _attend(arguments: dict[str, Any], pattern: Any, backend: str, gate: Tensor 
     if arguments["dropout_p"]:  # every member of a union draws its own
         seed = torch.randint(2**62, (1,), device=arguments["query"].device)
     if isinstance(pattern, DilatedPattern):
-        out, lse = attention_forward(
+        out, lse = attention(
             **arguments,
             seed=seed,
             segment_lengths=pattern.segment_lengths,

@@ -30,11 +30,10 @@ def problem(rows: int = 32768, *, device: str = "cuda", dim: int = 128, dtype: t
         ({"device": "cpu"}, False, "sdpa"),
         ({}, False, "gluon"),
         ({"is_causal": True}, True, "gluon"),
-        ({"rows": 2048}, False, "triton"),
-        ({"rows": 8192}, True, "triton"),
-        ({"rows": 32768, "dim": 64, "is_causal": True}, True, "sdpa"),
-        ({"rows": 32768, "dim": 64, "is_causal": True}, False, "gluon"),
-        ({"rows": 131072, "dim": 64, "is_causal": True}, True, "gluon"),
+        ({"rows": 2048}, False, "gluon"),
+        ({"rows": 2048}, True, "gluon"),
+        ({"rows": 8}, False, "triton"),
+        ({"rows": 32768, "dim": 64, "is_causal": True}, True, "gluon"),
     ],
 )
 def test_the_fastest_comes_first(given, backward, first):
@@ -48,6 +47,7 @@ def test_masks_go_to_a_kernel_that_needs_no_copies():
     masked = problem(mask=torch.zeros(1, 32768, dtype=torch.bool))
     assert preference(masked) == ("gluon", "triton", "sdpa", "reference")
     assert preference(problem()) == ("gluon", "sdpa", "triton", "reference")
+    assert preference(problem(rows=2048)) == ("gluon", "triton", "sdpa", "reference")
     assert preference(problem(device="cpu", mask=torch.zeros(1, 32768, dtype=torch.bool))) == ("sdpa", "reference")
 
 

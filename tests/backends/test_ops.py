@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
-from dilated_attention_pytorch.backends.ops import attention_backward, attention_forward
+from dilated_attention_pytorch.backends.ops import attention, attention_backward, attention_forward
 from dilated_attention_pytorch.functional import checked_arguments
 
 
@@ -173,3 +175,47 @@ def test_inputs_are_left_as_they_were():
     torch.autograd.grad([out, lse], inputs, [grad, torch.ones_like(lse)])
     for a, b in zip([*inputs, out, grad], [*before, kept, torch.ones_like(out)], strict=True):
         assert torch.equal(a, b)
+
+
+class Listener(TorchDispatchMode):
+    """Remembers the names of the operators that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_operators():
+    leaves = [draw(1, 20, 4, 8, seed=i).requires_grad_() for i in range(3)]
+
+    def both_passes():
+        out = dilated_attention(*leaves, [8, 32], [1, 3])
+        return torch.autograd.grad(out.sum(), leaves)
+
+    operators = {f"dilated_attention_pytorch::{name}" for name in ("forward", "backward")}
+    with Listener() as listener:
+        both_passes()
+    assert operators <= set(listener.names)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        both_passes()
+    assert operators <= {event.key for event in recorded.key_averages()}
+    graph = make_fx(lambda q: dilated_attention(q, q, q, [8, 32], [1, 3]))(Q)
+    assert any(node.target is attention_forward for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "mask", "packed", "dropout", "bfloat16"])
+def test_called_straight_or_as_an_operator_it_is_the_same(name):
+    leaves = {n: SETS[name][n].detach().requires_grad_() for n in ("query", "key", "value")}
+    results = []
+    for function in (attention, attention_forward):
+        out, lse = function(**{**SETS[name], **leaves})
+        results.append([out, lse, *torch.autograd.grad((out, lse), list(leaves.values()), (out, lse.sin()))])
+        assert [t.grad_fn is not None for t in results[-1][:2]] == [True, True]
+        with torch.no_grad():
+            results[-1] += function(**{**SETS[name], **leaves})
+    for straight, operator in zip(*results, strict=True):
+        assert torch.equal(straight, operator)

@@ -21,6 +21,7 @@ from torch import nn
 
 from dilated_attention_pytorch import HilbertOrdering, LongNetEncoder, LongNetEncoderConfig
 from dilated_attention_pytorch.integrations.torchscale import convert_state_dict, patch
+from dilated_attention_pytorch.models.pointwise import Stream
 from dilated_attention_pytorch.testing import oracle
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -85,9 +86,12 @@ class Adapter(nn.Module):
         super().__init__()
         self.attention, self.xpos = attention, None
 
-    def forward(self, x: torch.Tensor, documents: Any, tables: Any, norm: nn.Module) -> torch.Tensor:
-        x = norm(x)
-        return self.attention(query=x, key=x, value=x, key_padding_mask=documents.key_padding_mask)[0]
+    def forward(
+        self, stream: Stream, documents: Any, tables: Any, norm: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = stream.total()
+        x = norm(total)
+        return total, self.attention(query=x, key=x, value=x, key_padding_mask=documents.key_padding_mask)[0]
 
 
 def heads_of(module: DilatedAttention, x: torch.Tensor) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from dilated_attention_pytorch.models import LongNetEncoder, LongNetEncoderConfig
 from dilated_attention_pytorch.models.blocks import Documents
 from dilated_attention_pytorch.models.encoder import DropPath
+from dilated_attention_pytorch.models.pointwise import Stream
 from dilated_attention_pytorch.testing import oracle
 
 WIDTH, HEADS, ROWS = 24, 3, 41
@@ -130,15 +131,15 @@ def test_drop_path_drops_whole_documents_as_often_as_it_says(packed: bool) -> No
     count, rate = 4000, 0.3
     drop = DropPath(rate)
     if packed:
-        out = drop(torch.ones(1, 2 * count, 3), torch.arange(count + 1) * 2).view(count, 2, 3)
+        factor = drop(torch.ones(1, 2 * count, 3), torch.arange(count + 1) * 2).view(count, 2)
     else:
-        out = drop(torch.ones(count, 2, 3))
-    kept = out[:, 0, 0] > 0
-    assert torch.equal(out, (kept / (1 - rate))[:, None, None].expand_as(out))
+        factor = drop(torch.ones(count, 2, 3))[:, None]
+    kept = factor[:, 0] > 0
+    assert torch.equal(factor, (kept / (1 - rate))[:, None].expand_as(factor))
     assert abs(float(kept.float().mean()) - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / count)
     neighbours = (kept[1:] & kept[:-1]).float().mean()
     assert abs(float(neighbours) - (1 - rate) ** 2) < 0.04  # each draws for itself
-    assert torch.equal(drop.eval()(out), out)
+    assert drop.eval()(torch.ones(count, 2, 3)) is None
 
 
 def test_drop_path_grows_linearly_and_each_update_draws_for_itself() -> None:
@@ -150,9 +151,9 @@ def test_drop_path_grows_linearly_and_each_update_draws_for_itself() -> None:
     model = make(drop_path_rate=0.5).train()
     layer = model.layers[1]
     x = torch.zeros(600, 8, WIDTH, dtype=torch.float64)
-    layer.self_attn.register_forward_hook(lambda *_: torch.ones_like(x))
-    layer.ffn.register_forward_hook(lambda *_: 3 * torch.ones_like(x))
-    updates = layer(x, Documents(None, None, 0), None)[:, 0, 0] / 2  # kept ones count twice
+    layer.self_attn.register_forward_hook(lambda module, given, found: (found[0], torch.ones_like(x)))
+    layer.ffn.register_forward_hook(lambda module, given, found: (found[0], 3 * torch.ones_like(x)))
+    updates = layer(Stream(x), Documents(None, None, 0), None).total()[:, 0, 0] / 2  # kept ones count twice
     attention, feed = updates % 2 == 1, updates >= 3
     assert set(updates.tolist()) == {0.0, 1.0, 3.0, 4.0}
     for share in (attention, feed):

@@ -11,7 +11,7 @@ from torch import nn
 
 from dilated_attention_pytorch import LongNetEncoder, LongNetEncoderConfig
 from dilated_attention_pytorch.models import pointwise
-from dilated_attention_pytorch.models.pointwise import norm_linear
+from dilated_attention_pytorch.models.pointwise import Stream, add_norm_linear, norm_linear
 from dilated_attention_pytorch.testing import error_bound, max_error
 
 
@@ -44,6 +44,31 @@ def test_outputs_and_gradients_in_float64(gelu: bool) -> None:
         torch.testing.assert_close(one, other)
     mine, theirs = (torch.autograd.grad(outs, leaves, grads) for outs in (found, expected))
     for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+FACTORS = {"none": None, "a document": torch.tensor([0.0, 1.25, 1.0]), "a row": torch.arange(18) / 4}
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_the_sum_of_a_stream_and_gradients_through_both_in_float64(factor: str) -> None:
+    norm, linears = modules(torch.float64)
+    x, update = (torch.randn(3, 6, 20, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = None if FACTORS[factor] is None else FACTORS[factor].double()
+    total, outs = add_norm_linear(Stream(x, update, scale), norm, linears)
+    scaled = update if scale is None else (update.reshape(len(scale), -1, 20) * scale[:, None, None]).view(3, 6, 20)
+    expected = x + scaled
+    results = [(total, *outs), (expected, *one_by_one(expected, norm, linears, False))]
+    leaves = [x, update, *norm.parameters(), *(p for linear in linears for p in linear.parameters())]
+    grads = [torch.randn_like(out) for out in results[0]]
+    second = []
+    for outputs in results:
+        first = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
+        squares = sum(grad.square().sum() for grad in first)
+        twice = [x, update, norm.weight, linears[0].weight]
+        second.append([*first, *torch.autograd.grad(squares, twice, retain_graph=True)])
+        second[-1] += torch.autograd.grad(outputs, leaves, grads)  # without a graph of its own
+    for one, other in zip([*results[0], *second[0]], [*results[1], *second[1]], strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -93,7 +118,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
         x = torch.randn(1, 512, 32, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-            out = layer(x, Documents(None, None, 0), None)
+            out = layer(Stream(x), Documents(None, None, 0), None)
         alive = out  # saved tensors live as long as the graph
         del alive
         return sum(sizes.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -63,34 +64,33 @@ BACKENDS: dict[str, Backend] = {"gluon": gluon, "sdpa": sdpa, "triton": triton, 
 
 _FEW_ROWS = 1 << 16
 """(batch, row, head) triples up to which a launch of one kernel costs less than what it computes."""
+_DECODED_ROWS = 8
+"""Query rows up to which the keys of each have to be shared among programs to fill a device."""
 
 
 def preference(problem: Problem, *, backward: bool = False) -> tuple[str, ...]:
     """The backends that "auto" tries, the fastest first: a pure function of the problem, from runs on an H200.
 
-    The Hopper kernels are the fastest where they run, but for their host time: descriptors and passes over groups of
-    heads. With few rows one launch of the plain Triton kernel is done sooner (N = 4096, H = 16, D = 64: forward 0.26
-    ms against 0.50), and a causal backward pass of small heads is a little faster through the vendor's kernels up to
-    N = 32768. Else the vendor's kernels on views beat plain Triton, unless they have to copy every tensor (masks,
-    zero keys, unequal head dims) or to be called very often.
+    The Hopper kernels are the fastest where they run, in both directions (forward, N = 2048, H = 16, D = 64: 0.06 ms,
+    plain Triton 0.11), but for decoding, where plain Triton shares the keys of a row. Else, with few rows one launch of
+    plain Triton is done sooner than the many calls of the vendor's kernels; with more of them those, on views, beat it,
+    unless they have to copy every tensor (masks, zero keys, unequal head dims) or to be called very often.
     """
     if torch.device(problem.device).type != "cuda":
         return "sdpa", "reference"
     shape, options = problem.shape, problem.options
+    if shape.query_rows <= _DECODED_ROWS and not backward:
+        return "triton", "gluon", "sdpa", "reference"
     rows = shape.batch * shape.query_rows * shape.heads
     awkward = (
-        problem.has_mask
+        rows <= (2 if backward else 1) * _FEW_ROWS
+        or problem.has_mask
         or (options.padding == "zeros" and not options.is_causal)
         or shape.head_dim != shape.value_dim
         or shape.head_dim % 8 != 0
         or len(problem.plan.calls) > _MANY_CALLS
     )
-    if rows <= (2 if backward else 1) * _FEW_ROWS:
-        return "triton", "gluon", "sdpa", "reference"
-    rest = ("triton", "sdpa", "reference") if awkward else ("sdpa", "triton", "reference")
-    if backward and options.is_causal and shape.head_dim <= 64 and rows <= 8 * _FEW_ROWS and not awkward:
-        return "sdpa", "gluon", "triton", "reference"
-    return ("gluon", *rest)
+    return ("gluon", "triton", "sdpa", "reference") if awkward else ("gluon", "sdpa", "triton", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,12 @@ def choose(name: str, problem: Problem, *, backward: bool = False, grad_lse: boo
         ValueError: an unknown name, or a backend asked for by name that cannot compute the problem.
     """
     check_backend(name)
+    return _choose(name, problem, backward, grad_lse, torch.are_deterministic_algorithms_enabled())
+
+
+@lru_cache(maxsize=1024)
+def _choose(name: str, problem: Problem, backward: bool, grad_lse: bool, deterministic: bool) -> Choice:
+    """``deterministic`` is torch's setting, which `unsupported` reads."""
     preferred = preference(problem, backward=backward) if name == "auto" else ()
     return Choice(*select(name, BACKENDS, preferred, problem, backward=backward, grad_lse=grad_lse))
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..patterns.tiles import class_stride
 from .problem import Problem
-from .tables import LONGEST, capability, covered, longest_position, outside, tiles
-from .triton import add_zero_keys_
+from .tables import LONGEST, capability, covered, hold_for_replays, longest_position, outside, tiles
+from .triton import zero_keys_arguments
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Launch
 
 TRITON_VERSIONS = ("3.6",)
 """Triton versions on which the kernels passed every test."""
@@ -93,12 +97,31 @@ def peak_bytes(problem: Problem, *, backward: bool = False) -> int:
     return int((rows + 2 * keys) * shape.head_dim * 2 * 1.25)
 
 
+@lru_cache(maxsize=256)
+def _even(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether rows are evenly spaced over the batch and, if the first does, start at multiples of 16 bytes."""
+    steps = [stride for size, stride in zip(shape[1:3], strides[1:3], strict=True) if size > 1]
+    even = shape[0] == 1 or strides[0] == shape[1] * strides[1]
+    return strides[3] == 1 and even and all(step and step % 8 == 0 for step in steps)
+
+
 def _ready(tensor: Tensor) -> Tensor:
     """The tensor, or a copy whose rows are evenly spaced over the batch and start at multiples of 16 bytes."""
-    steps = [s for size, s in zip(tensor.shape[1:3], tensor.stride()[1:3], strict=True) if size > 1]
-    even = tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
-    fits = tensor.stride(3) == 1 and even and tensor.data_ptr() % 16 == 0 and all(s and s % 8 == 0 for s in steps)
+    fits = _even(tensor.shape, tensor.stride()) and tensor.data_ptr() % 16 == 0
     return tensor if fits else tensor.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _zero_keys(problem: Problem) -> Launch | None:
+    """The launch of (out, lse) that adds zero keys, or None where there are none."""
+    from ..kernels.launch import Address, Launch
+    from ..kernels.zero_keys import zero_keys_kernel
+
+    found = zero_keys_arguments(problem, problem.shape.value_dim)
+    if found is None:
+        return None
+    grid, arguments = found
+    return Launch(zero_keys_kernel, grid, (Address(0), Address(1), *arguments), torch.device(problem.device))
 
 
 def forward(
@@ -126,7 +149,10 @@ def forward(
         is_causal=problem.options.is_causal,
         scale=problem.options.scale,
     )
-    add_zero_keys_(out, lse, problem)
+    zero_keys = _zero_keys(problem)
+    if zero_keys is not None:
+        zero_keys(out, lse)
+    hold_for_replays(table, zero_keys)
     if not covered(problem, "query"):  # rows in no document belong to no tile
         absent = outside(problem, query.device)
         out.masked_fill_(absent[:, :, None, None], 0)
@@ -151,6 +177,7 @@ def backward(
     from ..kernels import hopper_backward
 
     table, stride = tiles(problem, _BLOCK, "key")
+    hold_for_replays(table)
     return hopper_backward.backward(
         _ready(grad_out),
         grad_lse,

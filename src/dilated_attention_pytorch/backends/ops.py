@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..merge import accumulator_dtype
 from ..patterns import DilatedPattern
-from ..types import HeadOffsets, MixingGrad, Options, Padding, Shape
+from ..types import Document, HeadOffsets, MixingGrad, Options, Padding, Shape
 from .dispatch import choose
 from .documents import read_documents
 from .problem import Problem
@@ -39,48 +39,50 @@ def make_problem(
     device: str | None = None,
 ) -> Problem:
     """Read what the tensors say (shapes, strides, where documents lie) into a Problem, on ``device`` or theirs."""
-    shape = Shape(
-        query.shape[0],
-        query.shape[1],
-        key.shape[1],
-        query.shape[2],
-        key.shape[2],
-        query.shape[3],
-        value.shape[3],
-    )
+    tensors = (query, key, value)
+    where = (query.dtype, device or str(query.device), key_padding_mask is not None, all(map(foldable, tensors)))
+    options = (is_causal, scale, dropout_p, padding, mixing_grad)
+    suffix_mask = key_padding_mask if padding == "zeros" else None
+    pattern = (tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+    if cu_seqlens is None and key_starts is None and suffix_mask is None:  # sizes say it all
+        return _problem_of_sizes(query.shape, key.shape, value.shape[3], key_start, pattern, options, where)
+    shape = _shape(query.shape, key.shape, value.shape[3])
     documents = read_documents(
-        shape,
-        key_start=key_start,
-        key_starts=key_starts,
-        cu_seqlens=cu_seqlens,
-        suffix_mask=key_padding_mask if padding == "zeros" else None,
+        shape, key_start=key_start, key_starts=key_starts, cu_seqlens=cu_seqlens, suffix_mask=suffix_mask
     )
-    return _problem(
-        tuple(segment_lengths),
-        tuple(dilation_rates),
-        head_offsets,
-        shape,
-        Options(
-            is_causal,
-            1 / math.sqrt(query.shape[3]) if scale is None else scale,
-            dropout_p,
-            cast(Padding, padding),
-            cast(MixingGrad, mixing_grad),
-        ),
-        documents,
-        query.dtype,
-        device or str(query.device),
-        key_padding_mask is not None,
-        all(map(foldable, (query, key, value))),
-    )
+    return _problem(pattern, shape, _options(query.shape[3], *options), documents, where)
+
+
+def _shape(query: torch.Size, key: torch.Size, value_dim: int) -> Shape:
+    return Shape(query[0], query[1], key[1], query[2], key[2], query[3], value_dim)
+
+
+def _options(
+    head_dim: int, is_causal: bool, scale: float | None, dropout_p: float, padding: str, mixing_grad: str
+) -> Options:
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    return Options(is_causal, scale, dropout_p, cast(Padding, padding), cast(MixingGrad, mixing_grad))
+
+
+@lru_cache(maxsize=256)
+def _problem_of_sizes(
+    query: torch.Size, key: torch.Size, value_dim: int, key_start: int, pattern: Any, options: Any, where: Any
+) -> Problem:
+    shape = _shape(query, key, value_dim)
+    documents = read_documents(shape, key_start=key_start, key_starts=None, cu_seqlens=None, suffix_mask=None)
+    return _problem(pattern, shape, _options(query[3], *options), documents, where)
 
 
 @lru_cache(maxsize=256)
 def _problem(
-    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str, *rest: Any
+    pattern: tuple[tuple[int, ...], tuple[int, ...], HeadOffsets],
+    shape: Shape,
+    options: Options,
+    documents: tuple[Document, ...],
+    where: tuple[torch.dtype, str, bool, bool],
 ) -> Problem:
     """One Problem for equal calls, so that what it works out (plan, pattern) is worked out once."""
-    return Problem(DilatedPattern(segment_lengths, dilation_rates, cast(HeadOffsets, head_offsets)), *rest)
+    return Problem(DilatedPattern(*pattern), shape, options, documents, *where)
 
 
 @contextmanager
@@ -190,9 +192,11 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     empty = (None,) * (4 + len(ctx.rest))
     if grad_out is None and grad_lse is None:
         return None, None, None, *empty
+    saved = ctx.saved_tensors  # once: under checkpointing every access recomputes
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[3])
-    return *attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest), *empty
+        grad_out = torch.zeros_like(saved[3])
+    function = attention_backward if torch.is_grad_enabled() or _observed(grad_out, *saved[:3]) else _backward
+    return *function(grad_out, grad_lse, *saved, *ctx.rest), *empty
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -216,3 +220,65 @@ attention_forward = _register("forward", _forward, _fake_forward)
 attention_backward = _register("backward", _backward, _fake_backward)
 torch.library.register_autograd("dilated_attention_pytorch::backward", _refuse)
 torch.library.register_autograd("dilated_attention_pytorch::forward", _differentiate, setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The differentiable operator, past PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad_out, grad_lse)
+
+
+def _observed(*tensors: Tensor) -> bool:
+    """Whether somebody has to see an operator: a compiler or tracer, a mode, a transform, a subclass, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or any(type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter for tensor in tensors)
+        or tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    seed: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    head_offsets: str,
+    padding: str,
+    mixing_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward`, called straight where nobody has to see an operator.
+
+    On its way through the dispatcher every argument is boxed and unboxed several times, which is more work for the
+    host than the launch of a kernel.
+    """
+    arguments = (
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, segment_lengths, dilation_rates, key_start,
+        is_causal, scale, dropout_p, head_offsets, padding, mixing_grad, backend,
+    )  # fmt: skip
+    if _observed(query, key, value):
+        return attention_forward(*arguments)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Attention.apply(*arguments)
+    return _forward(*arguments)

@@ -22,6 +22,15 @@ def longest_position(problem: Problem) -> int:
     return max((document.position + document.rows for document in problem.documents), default=1)
 
 
+_read_by_graphs: list[object] = []
+
+
+def hold_for_replays(*objects: object) -> None:
+    """Never let go of what a CUDA graph that is being captured will read by address: caches may forget it."""
+    if torch.cuda.is_current_stream_capturing():
+        _read_by_graphs.append(objects)
+
+
 @lru_cache(maxsize=16)
 def capability(device: str) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
@@ -54,6 +63,7 @@ def branch_table(pattern: DilatedPattern, device: str) -> Tensor:
     return torch.tensor(clamped, dtype=torch.int32).to(device)
 
 
+@lru_cache(maxsize=64)
 def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
     """The cell table on the device, and the class stride."""
     stride = class_stride(problem.pattern, block, longest_position(problem))
@@ -61,6 +71,7 @@ def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[
     return table, stride
 
 
+@lru_cache(maxsize=256)
 def covered(problem: Problem, side: Literal["query", "key"]) -> bool:
     """Whether a tile writes every row: rows outside documents (left padding) and keys without a query have none."""
     shape = problem.shape

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..kernels import has_triton, interpreted
 from .problem import Problem
-from .tables import LONGEST, branch_table, capability, cell_table, covered, longest_position, pairs, tiles
+from .tables import (
+    LONGEST,
+    branch_table,
+    capability,
+    cell_table,
+    covered,
+    hold_for_replays,
+    longest_position,
+    pairs,
+    tiles,
+)
 
 _LARGEST_DIM = 256
 _ROWS = 64
@@ -208,6 +218,7 @@ def _forward(
         size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
         table, stride = tiles(problem, size.block, "query")
         if len(table):
+            _hold(table, common["branches"])
             forward_kernel[(len(table) * stride * shape.heads,)](
                 *aligned, cells=table, num_cells=len(table), stride=stride, BLOCK=size.block, KEYS=size.others,
                 num_warps=size.warps, num_stages=size.stages, **common,
@@ -220,17 +231,33 @@ def add_zero_keys_(out: Tensor, lse: Tensor, problem: Problem) -> None:
     """Join the zero keys of ``padding="zeros"`` to a finished (out, lse), in place; most rows have none."""
     from ..kernels.zero_keys import zero_keys_kernel
 
+    found = zero_keys_arguments(problem, out.shape[3])
+    if found is not None:
+        grid, arguments = found
+        _hold(*arguments[:2])
+        zero_keys_kernel[(grid,)](out, lse, *arguments)
+
+
+@lru_cache(maxsize=64)
+def zero_keys_arguments(problem: Problem, value_dim: int) -> tuple[int, tuple[Any, ...]] | None:
+    """Programs of the zero keys' kernel and its arguments behind (out, lse), or None where there are no zero keys."""
+    pattern, shape, documents = problem.pattern, problem.shape, problem.documents
     if problem.options.padding != "zeros" or problem.options.is_causal:
-        return
-    if all(d.length % w == 0 and w % r == 0 for d in problem.documents for w, r in pairs(problem.pattern)):
-        return
-    table = cell_table(problem.pattern, problem.shape, problem.documents, _ROWS, "query", problem.device)
-    zero_keys_kernel[(len(table) * problem.shape.heads,)](
-        out, lse, cells=table, branches=branch_table(problem.pattern, problem.device), num_cells=len(table), stride=1,
-        interleaved=int(problem.pattern.head_offsets == "interleaved"), num_branches=len(problem.pattern.branches),
-        num_heads=problem.shape.heads, query_rows_total=problem.shape.query_rows, DV=out.shape[3],
-        PADDED_V=_padded(out.shape[3]), BLOCK=_ROWS,
+        return None
+    if all(d.length % w == 0 and w % r == 0 for d in documents for w, r in pairs(pattern)):
+        return None
+    table = cell_table(pattern, shape, documents, _ROWS, "query", problem.device)
+    branches = branch_table(pattern, problem.device)
+    arguments = (
+        table, branches, len(table), 1, int(pattern.head_offsets == "interleaved"), len(pattern.branches), shape.heads,
+        shape.query_rows, value_dim, _padded(value_dim), _ROWS,
     )  # fmt: skip
+    return len(table) * shape.heads, arguments
+
+
+def _hold(*tables: Tensor) -> None:
+    if tables[0].is_cuda:
+        hold_for_replays(*tables)
 
 
 def _narrow(tensor: Tensor, dim: int) -> Tensor:
@@ -247,6 +274,7 @@ def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> 
     tasks = len(table) * shape.heads
     if not tasks:
         return
+    _hold(table, common["branches"])
     keys = 64 if common["PADDED"] * aligned[0].element_size() <= 256 else 32
     longest = longest_position(problem)
     blocks = sum(-(-min(w, longest) // r // keys) for w, r in pairs(problem.pattern))
@@ -325,6 +353,7 @@ def backward(
     sizes = _sizes(_padded(dim), size, problem.device, "query")
     table, stride = tiles(problem, sizes.block, "query")
     if len(table):
+        _hold(table, common["branches"])
         query_kernel[(len(table) * stride * shape.heads,)](
             *aligned[:3], grad_out=aligned[3], grad_query=dq, cells=table, num_cells=len(table), stride=stride,
             BLOCK=sizes.block, KEYS=sizes.others, num_warps=sizes.warps, num_stages=sizes.stages, **common,
@@ -332,6 +361,7 @@ def backward(
     sizes = _sizes(_padded(dim), size, problem.device, "key")
     table, stride = tiles(problem, sizes.block, "key")
     if len(table):
+        _hold(table)
         key_kernel[(len(table) * stride * shape.kv_heads,)](
             *aligned[:3], grad_out=aligned[3], grad_key=dk, grad_value=dv, cells=table, num_cells=len(table),
             key_rows_total=shape.key_rows, stride=stride, BLOCK=sizes.block, QUERIES=sizes.others,

@@ -7,18 +7,18 @@ at once, each on its own stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_backward_kernel import HEAD_DIMS, KEY_ROWS, LONGEST, MAX_BRANCHES, TRITON_VERSIONS, backward_kernel
+from .hopper_backward_kernel import KEY_ROWS, LONGEST, MAX_BRANCHES, backward_kernel
+from .launch import Address, Launch, View, fresh_counters
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -90,13 +90,16 @@ def _gap_kernel(cells, dk, dv, cell_count, key_rows, batches, WIDTH: tl.constexp
         tl.store(dv + place, zero, mask=place < stop * WIDTH)
 
 
-def _view(tensor: Tensor, rate: int, rows: int, columns: int, total: int) -> TensorDescriptor:
-    """The flattened rows of a (B, N, H, D) tensor by residue modulo ``rate``: see the module's docstring."""
-    heads, d = tensor.shape[-2:]
-    stride, head_stride = tensor.stride()[-3:-1]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=4)
-    shape = [total // rate, rate + total % rate, heads, d] if total >= rate else [1, total, heads, d]
-    return TensorDescriptor(tensor, shape, [rate * stride, stride, head_stride, 1], [rows, 1, 1, columns], layout)
+def _view(
+    slot: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, rate: int, rows: int, columns: int,
+    total: int,
+) -> View:  # fmt: skip
+    """The flattened rows of a (B, N, H, D) tensor by residue modulo ``rate``, ``total`` rows in all."""
+    heads, d = shape[-2:]
+    row, head = strides[-3:-1]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=4)
+    sizes = (total // rate, rate + total % rate, heads, d) if total >= rate else (1, total, heads, d)
+    return View(slot, sizes, (rate * row, row, head, 1), (rows, 1, 1, columns), layout)
 
 
 def _ready(tensor: Tensor) -> bool:
@@ -113,27 +116,6 @@ def _ready(tensor: Tensor) -> bool:
         and (h > 0 or heads == 1)
         and (batch == 1 or b == rows * n)
     )
-
-
-def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, segment_lengths: Sequence[int], *, deterministic: bool = False
-) -> str | None:
-    """Why `backward` cannot take these tensors and branches, or None. Reads shapes, strides and dtypes only."""
-    d = query.shape[3]
-    if not triton.__version__.startswith(tuple(f"{version}." for version in TRITON_VERSIONS)):
-        return f"Triton is {triton.__version__}; the Hopper backward is tested with {', '.join(TRITON_VERSIONS)}"
-    if query.dtype not in (torch.bfloat16, torch.float16) or not query.dtype == key.dtype == value.dtype:
-        return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}; the Hopper backward takes bfloat16 or float16"
-    if d not in HEAD_DIMS or value.shape[3] != d:
-        return f"head dims are {d} and {value.shape[3]}; the Hopper backward takes equal ones of {HEAD_DIMS}"
-    if len(segment_lengths) > MAX_BRANCHES:
-        return f"there are {len(segment_lengths)} branches; the Hopper backward takes at most {MAX_BRANCHES}"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not _ready(tensor):
-            return f"{name} has strides {tensor.stride()}; the Hopper backward needs evenly spaced, aligned rows"
-    if deterministic:
-        return "the Hopper backward adds dQ in any order; it is not deterministic"
-    return None
 
 
 def _offset_of(head: int, rate: int, heads: int, interleaved: bool) -> int:
@@ -199,12 +181,107 @@ def _branch_groups(
     return min(choices)[1]
 
 
-def _heads_per_pass(query: Tensor, key: Tensor) -> int:
-    """Key heads of one pass: the dQ sums of two passes take at most a fifth of the gradients' bytes (or 24 MiB)."""
-    heads, kv_heads, d = query.shape[2], key.shape[2], query.shape[3]
-    gradients = (query.numel() + 2 * key.numel()) * query.element_size()
-    one = query.shape[0] * query.shape[1] * (heads // kv_heads) * d * 4
-    return max(1, min(-(-kv_heads // 2), max(gradients // 5, 24 << 20) // (2 * one)))
+def _heads_per_pass(query: torch.Size, key: torch.Size, itemsize: int) -> int:
+    """Key heads of one pass: all, or so many that the dQ sums of two passes take a fifth of the gradients' bytes.
+
+    24 MiB are always allowed.
+    """
+    heads, kv_heads, d = query[2], key[2], query[3]
+    gradients = (query.numel() + 2 * key.numel()) * itemsize
+    one = query[0] * query[1] * (heads // kv_heads) * d * 4
+    most = max(gradients // 5, 24 << 20)
+    return kv_heads if kv_heads * one <= most else max(1, min(-(-kv_heads // 2), most // (2 * one)))
+
+
+class _Strides(NamedTuple):
+    """Of the tensors that a backward pass reads."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    out: tuple[int, ...]
+    grad_out: tuple[int, ...]
+
+
+class _Pass(NamedTuple):
+    """Launches for some heads, of (query, key, value, grad_out, dk, dv, sums, cells, dq sums, counter)."""
+
+    gradients: tuple[Launch, ...]
+    convert: Launch
+    """Of (dq sums, dq)."""
+
+
+class _Launches(NamedTuple):
+    rows: Launch
+    """Of (out, grad_out, lse, sums) and, where there is one, grad_lse."""
+    gaps: Launch
+    """Of (cells, dk, dv)."""
+    scratch: tuple[int, ...]
+    """Shape of the sums of dQ of one pass, float32."""
+    passes: tuple[_Pass, ...]
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
+    cells: int, stride: int, segment_lengths: tuple[int, ...], rates: tuple[int, ...], interleaved: bool,
+    is_causal: bool, scale: float,
+) -> _Launches:  # fmt: skip
+    batches, query_rows, heads, d = query
+    key_rows, kv_heads = key[1:3]
+    padded = triton.next_power_of_2(d)
+    segments = tuple(min(w, LONGEST) for w in segment_lengths)
+    total, group = batches * query_rows, heads // kv_heads
+    rows = Launch(
+        _row_kernel, triton.cdiv(query_rows, 64) * batches * heads,
+        (Address(0), Address(1), Address(2), Address(4) if has_grad_lse else None, Address(3), query_rows,
+         *strides.out[:3], *strides.grad_out[:3], heads, d, padded, 64),
+        device, num_warps=4,
+    )  # fmt: skip
+    gaps = Launch(
+        _gap_kernel, (cells + 1, 4),
+        (Address(0), Address(1), Address(2), cells, key_rows, batches, kv_heads * d, 4096), device,
+    )  # fmt: skip
+    per_pass = _heads_per_pass(query, key, dtype.itemsize)
+    # A run's dQ may start at any row, so the last row of its view by residues may lie beyond the last.
+    scratch = (1, max(-(-total // r) * r for r in rates), per_pass * group, d)
+    scratch_strides = (0, per_pass * group * d, d, 1)
+    block, stages, registers = _tuning(padded)
+    passes = []
+    for head0 in range(0, kv_heads, per_pass):
+        count = min(per_pass, kv_heads - head0)
+        gradients = []
+        for number, (own, branches) in enumerate(
+            _branch_groups(segments, rates, stride, is_causal, max(query_rows, key_rows))
+        ):
+            some_segments, some_rates = tuple(segments[i] for i in branches), tuple(rates[i] for i in branches)
+            spare = [None] * (MAX_BRANCHES - len(branches))
+            constants = (
+                heads, kv_heads, d, padded, block, stages, own, stride, is_causal, interleaved, some_segments,
+                some_rates, number > 0,
+            )  # fmt: skip
+            arguments = (
+                constants, tuple(math.gcd(r, own) for r in some_rates),
+                _view(1, key, strides.key, dtype, own, 64, padded, batches * key_rows),
+                _view(2, key, strides.value, dtype, own, 64, padded, batches * key_rows),
+                *(_view(0, query, strides.query, dtype, r, block, padded, total) for r in some_rates), *spare,
+                *(_view(3, query, strides.grad_out, dtype, r, block, padded, total) for r in some_rates), *spare,
+                *(_view(8, scratch, scratch_strides, torch.float32, r, block, padded // 2, -(-total // r) * r)
+                  for r in some_rates), *spare,
+                Address(1), Address(2), Address(4), Address(5), Address(6), Address(7),
+                _class_order(some_segments, some_rates, own, stride, heads, kv_heads, interleaved, device), Address(9),
+                cells, query_rows, key_rows, batches, head0, count, head0 * group, *strides.key[1:3],
+                *strides.value[1:3], scale * math.log2(math.e), scale, *registers,
+            )  # fmt: skip
+            gradients.append(Launch(backward_kernel, _processors(device), arguments, device, num_warps=4))
+        convert = Launch(
+            _convert_kernel, triton.cdiv(total * count * group, 64),
+            (Address(0), Address(1), total, head0 * group, count * group, per_pass * group, scale, heads, d, padded,
+             64),
+            device, num_warps=4,
+        )  # fmt: skip
+        passes.append(_Pass(tuple(gradients), convert))
+    return _Launches(rows, gaps, scratch, tuple(passes))
 
 
 def backward(
@@ -218,29 +295,21 @@ def backward(
     *,
     cells: Tensor,
     stride: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
+    segment_lengths: tuple[int, ...],
+    dilation_rates: tuple[int, ...],
     interleaved: bool,
     is_causal: bool,
     scale: float,
-    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous and in their dtypes, from the final out and lse.
 
     Args:
         grad_out, out: (B, Nq, H, D); grad_lse, lse: (B, Nq, H) float32, natural logarithms.
-        query: (B, Nq, H, D); key, value: (B, Nk, H_kv, D).
+        query: (B, Nq, H, D); key, value: (B, Nk, H_kv, D); `backends.gluon.unsupported` says which.
         cells: `patterns.tiles.cells` of the key side, on the device, of at most 128 * ``stride`` rows each.
         stride: class stride; a tile takes every ``stride``-th row of a cell.
-
-    Raises:
-        NotImplementedError: what `unsupported` names.
     """
-    reason = unsupported(query, key, value, segment_lengths, deterministic=deterministic)
-    if reason:
-        raise NotImplementedError(reason)
-    batches, query_rows, heads, d = query.shape
-    key_rows, kv_heads = key.shape[1:3]
+    device = query.device
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
     if not len(cells) or not dq.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -248,73 +317,39 @@ def backward(
         grad_out = grad_out.contiguous()
     if out.stride(3) != 1:
         out = out.contiguous()
-    padded = triton.next_power_of_2(d)
-    segments = tuple(min(w, LONGEST) for w in segment_lengths)
-    rates = tuple(dilation_rates)
-    total, group = batches * query_rows, heads // kv_heads
-    sums = torch.empty(batches, heads, query_rows, dtype=torch.int64, device=query.device)
-    grid = (triton.cdiv(query_rows, 64) * batches * heads,)
-    _row_kernel[grid](
-        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), sums, query_rows,
-        *out.stride()[:3], *grad_out.stride()[:3], heads, d, padded, 64, num_warps=4,
+    launches = _launches(
+        query.shape, key.shape,
+        _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
+        query.dtype, device, grad_lse is not None, len(cells), stride, segment_lengths, dilation_rates, interleaved,
+        is_causal, scale,
     )  # fmt: skip
-    _gap_kernel[(len(cells) + 1, 4)](cells, dk, dv, len(cells), key_rows, batches, kv_heads * d, 4096)
-    per_pass = _heads_per_pass(query, key)
-    # A run's dQ may start at any row, so the last row of its view by residues may lie beyond the last.
-    shape = (2, 1, max(-(-total // r) * r for r in rates), per_pass * group, d)
-    scratch = torch.empty(shape, dtype=torch.float32, device=query.device)
-    launches = _branch_groups(segments, rates, stride, is_causal, max(query_rows, key_rows))
-    passes = range(0, kv_heads, per_pass)
-    counters = torch.zeros(len(passes), len(launches), 4, dtype=torch.int32, device=query.device)
-    compiled: list[Any] = [None] * len(launches)
-    block, stages, registers = _tuning(padded)
-    programs = _processors(query.device)
-    launched = []
-    for number, (own, branches) in enumerate(launches):
-        some_segments, some_rates = tuple(segments[i] for i in branches), tuple(rates[i] for i in branches)
-        spare = [None] * (MAX_BRANCHES - len(branches))
-        reads: list[Any] = [
-            *(_view(query, r, block, padded, total) for r in some_rates), *spare,
-            *(_view(grad_out, r, block, padded, total) for r in some_rates), *spare,
-        ]  # fmt: skip
-        sums_of = [
-            [*(_view(part, r, block, padded // 2, -(-total // r) * r) for r in some_rates), *spare] for part in scratch
-        ]
-        tiles = [_view(t, own, 64, padded, batches * key_rows) for t in (key, value)]
-        order = _class_order(some_segments, some_rates, own, stride, heads, kv_heads, interleaved, query.device)
-        constants = (
-            heads, kv_heads, d, padded, block, stages, own, stride, is_causal, interleaved, some_segments, some_rates,
-            number > 0,
-        )  # fmt: skip
-        commons = tuple(math.gcd(r, own) for r in some_rates)
-        launched.append((constants, commons, tiles, reads, sums_of, order))
-    main = torch.cuda.current_stream(query.device)
-    lanes = (main, _side_stream(query.device))
-    lanes[1].wait_stream(main)
-    for turn, head0 in enumerate(passes):
-        count = min(per_pass, kv_heads - head0)
-        lane = turn % 2
-        # Two passes are under way at a time: one's last tiles and its conversion overlap the other's first tiles.
-        with torch.cuda.stream(lanes[lane]):
-            scratch[lane].zero_()
-            for at, (constants, commons, tiles, reads, sums_of, order) in enumerate(launched):
-                arguments = (
-                    constants, commons, *tiles, *reads, *sums_of[lane], key, value, dk, dv, sums, cells, order,
-                    counters[turn, at], len(cells), query_rows, key_rows, batches, head0, count, head0 * group,
-                    key.stride(1), key.stride(2), value.stride(1), value.stride(2), scale * math.log2(math.e), scale,
-                    *registers,
-                )  # fmt: skip
-                # Every pass is the same kernel; Triton's own look-up of it costs the host more than the launch.
-                if compiled[at] is None:
-                    compiled[at] = backward_kernel[(programs,)](*arguments, num_warps=4)
-                else:
-                    compiled[at][(programs, 1, 1)](*arguments)
-            _convert_kernel[(triton.cdiv(total * count * group, 64),)](
-                scratch[lane], dq, total, head0 * group, count * group, per_pass * group, scale, heads, d, padded, 64,
-                num_warps=4,
-            )  # fmt: skip
-    main.wait_stream(lanes[1])
+    batches, query_rows, heads = query.shape[:3]
+    sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)
+    launches.rows(out, grad_out, lse.contiguous(), sums, *(() if grad_lse is None else (grad_lse.contiguous(),)))
+    launches.gaps(cells, dk, dv)
+    counters = iter(fresh_counters(sum(len(one.gradients) for one in launches.passes), device))
+    lanes = min(2, len(launches.passes))
+    scratch = torch.empty((lanes, *launches.scratch), dtype=torch.float32, device=device).unbind()
+    given = (query, key, value, grad_out, dk, dv, sums, cells)
+    if lanes == 1:
+        _run(launches.passes[0], given, scratch[0], counters, dq)
+        return dq, dk, dv
+    # Two passes are under way at a time: one's last tiles and its conversion overlap the other's first tiles.
+    main = torch.cuda.current_stream(device)
+    streams = (main, _side_stream(device))
+    streams[1].wait_stream(main)
+    for turn, one in enumerate(launches.passes):
+        with torch.cuda.stream(streams[turn % 2]):
+            _run(one, given, scratch[turn % 2], counters, dq)
+    main.wait_stream(streams[1])
     return dq, dk, dv
+
+
+def _run(one: _Pass, given: tuple[Tensor, ...], scratch: Tensor, counters: Iterator[Tensor], dq: Tensor) -> None:
+    scratch.zero_()
+    for launch in one.gradients:
+        launch(*given, scratch, next(counters))
+    one.convert(scratch, dq)
 
 
 @lru_cache(maxsize=16)

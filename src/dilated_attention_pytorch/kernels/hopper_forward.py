@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_producer import (
     BLOCK_KEYS,
@@ -41,6 +41,7 @@ from .hopper_producer import (
     read_record,
     scheduler,
 )
+from .launch import Address, Launch, View, fresh_counters
 
 # ------------------------------------------------------------------------------------------------------ consumers
 
@@ -401,56 +402,25 @@ def tuning_of(dim: int, is_causal: bool) -> Tuning:
     return Tuning(4 if dim <= 48 else 3, dim > 48, 0, 208, 88, groups=groups)
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, *, stride: int, dilation_rates: tuple[int, ...],
-                scale: float) -> str | None:  # fmt: skip
-    """Why this kernel cannot take the tensors, or None. Looks at shapes, strides and dtypes only."""
-    batch, query_rows, heads, dim = query.shape
-    key_rows, kv_heads = key.shape[1], key.shape[2]
-    if query.dtype not in (torch.bfloat16, torch.float16) or {key.dtype, value.dtype} != {query.dtype}:
-        return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}; all three must be bfloat16 or all float16"
-    if dim not in HEAD_DIMS or value.shape[-1] != dim:
-        return f"head dims are {dim} and {value.shape[-1]}; both must be the same, one of {tuple(HEAD_DIMS)}"
-    if not 1 <= len(dilation_rates) <= MAX_BRANCHES:
-        return f"there are {len(dilation_rates)} branches; 1 to {MAX_BRANCHES} are allowed"
-    if heads % kv_heads:
-        return f"{heads} query heads are no multiple of {kv_heads} key heads"
-    if not 0 < scale < math.inf:
-        return f"scale is {scale}; it must be positive"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        rows = tensor.shape[0] * tensor.shape[1]
-        if tensor.stride(3) != 1:
-            return f"{name} has stride {tensor.stride(3)} in the head dim; it must be 1"
-        if tensor.data_ptr() % 16 or any(tensor.stride(d) % 8 for d in (1, 2) if tensor.shape[d] > 1):
-            return f"{name} has rows or heads that do not begin at multiples of 16 bytes"
-        if tensor.shape[0] > 1 and tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
-            return f"{name} has batch stride {tensor.stride(0)}; it must be rows x row stride"
-        strides, fewest = ((stride,), 64) if name == "query" else (dilation_rates, BLOCK_KEYS)
-        for rate in strides:
-            if rows < rate or (rows % rate and rows // rate < fewest):
-                return f"{name} has {rows} rows; with a stride of {rate} there must be {fewest * rate}"
-    if batch * max(query_rows, key_rows) + BLOCK_ROWS * stride > INT32:
-        return f"{batch} x {max(query_rows, key_rows)} rows; they are counted in 32 bits"
-    return None
-
-
 @lru_cache(maxsize=16)
 def _layout(padded: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(min(128, padded * 2), 16, 4)
 
 
-def _descriptor(tensor: Tensor, rate: int, rows: int, padded: int) -> TensorDescriptor:
-    """The overlapping view of all rows of the batch, ``rate`` apart."""
-    batch, length, heads, dim = tensor.shape
-    total = batch * length
-    row = tensor.stride(1) if length > 1 else heads * dim
-    head = tensor.stride(2) if heads > 1 else dim
-    return TensorDescriptor(
-        tensor,
-        [total // rate, rate + total % rate, heads, dim],
-        [rate * row, row, head, 1],
-        [rows, 1, 1, padded],
-        _layout(padded),
-    )
+class Sizes(NamedTuple):
+    """Shape and strides of a tensor (B, N, H, D)."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    def view(self, slot: int, rate: int, rows: int, padded: int) -> View:
+        """The overlapping view of all rows of the batch, ``rate`` apart."""
+        batch, length, heads, dim = self.shape
+        total = batch * length
+        row = self.strides[1] if length > 1 else heads * dim
+        head = self.strides[2] if heads > 1 else dim
+        shape = (total // rate, rate + total % rate, heads, dim)
+        return View(slot, shape, (rate * row, row, head, 1), (rows, 1, 1, padded), _layout(padded))
 
 
 @lru_cache(maxsize=64)
@@ -483,50 +453,22 @@ def _groups(rates: tuple[int, ...], count: int) -> list[list[int]]:
     return [ranked[i : i + size] for i in range(0, len(ranked), size)]
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    cells: Tensor,
-    stride: int,
-    segment_lengths: tuple[int, ...],
-    dilation_rates: tuple[int, ...],
-    interleaved: bool,
-    is_causal: bool,
-    scale: float,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of all branches over the tiles of ``cells``.
-
-    Args:
-        query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D); `unsupported` says which.
-        cells: (cells, 8) int32 on the device, runs of at most ``128 * stride`` rows, see `patterns.tiles`.
-        stride: distance of the rows of a tile.
-        segment_lengths, dilation_rates, interleaved: the pattern.
-        is_causal, scale: as for `dilated_attention`.
-        tuning: instead of the measured settings.
-
-    Returns:
-        out (B, Nq, H, D) in the input's dtype and lse (B, Nq, H) float32; rows outside all cells are left unwritten.
-    """
+@lru_cache(maxsize=256)
+def _launches(
+    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, cells: int, stride: int,
+    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], interleaved: bool, is_causal: bool,
+    scale: float, tuning: Tuning,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """A launch for each group of branches, of (query, key, value, out, lse, cells, counter)."""
     batch, query_rows, heads, dim = query.shape
-    key_rows, kv_heads = key.shape[1], key.shape[2]
-    out = torch.empty((batch, query_rows, heads, dim), dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, query_rows, heads), dtype=torch.float32, device=query.device)
-    if not len(cells) or not heads:
-        return out, lse
-    tuning = tuning or tuning_of(dim, is_causal)
+    key_rows, kv_heads = key.shape[1:3]
     padded = 1 << (dim - 1).bit_length()
     first, second = HEAD_DIMS[dim]
     longest = 1 << max(0, key_rows - 1).bit_length()
-    main_cells = len(cells) - math.ceil(len(cells) * tuning.tail)
+    main_cells = cells - math.ceil(cells * tuning.tail)
     groups = _groups(dilation_rates, tuning.groups)
-    counters = torch.zeros(len(groups), dtype=torch.int32, device=query.device)
-    keys, values = {}, {}
-    for rate in set(dilation_rates):
-        keys[rate] = _descriptor(key, rate, BLOCK_KEYS, padded)
-        values[rate] = _descriptor(value, rate, BLOCK_KEYS, padded)
+    out = Sizes(query.shape, (query_rows * heads * dim, heads * dim, dim, 1))
+    launches = []
     for number, group in enumerate(groups):
         lengths = tuple(min(segment_lengths[i], INT32) for i in group)
         rates = tuple(dilation_rates[i] for i in group)
@@ -551,23 +493,23 @@ def forward(
             pin=tuning.pin,
         )
         unused = [None] * (MAX_BRANCHES - len(group))
-        tiles = len(cells) * heads * stride // spec.chunk
-        hopper_forward_kernel[(min(_processors(query.device), tiles),)](
+        tiles = cells * heads * stride // spec.chunk
+        arguments = (
             spec,
-            _descriptor(query, own, BLOCK_ROWS // 2, padded),
-            _descriptor(out, own, BLOCK_ROWS // 2, padded),
-            *(keys[rate] for rate in rates),
+            query.view(0, own, BLOCK_ROWS // 2, padded),
+            out.view(3, own, BLOCK_ROWS // 2, padded),
+            *(key.view(1, rate, BLOCK_KEYS, padded) for rate in rates),
             *unused,
-            *(values[rate] for rate in rates),
+            *(value.view(2, rate, BLOCK_KEYS, padded) for rate in rates),
             *unused,
-            out,
-            lse,
-            cells,
-            _order(spec, longest, query.device),
-            counters[number:],
+            Address(3),
+            Address(4),
+            Address(5),
+            _order(spec, longest, device),
+            Address(6),
             tiles,
-            len(cells) if number else main_cells,
-            len(cells),
+            cells if number else main_cells,
+            cells,
             query_rows,
             key_rows,
             batch * query_rows,
@@ -575,6 +517,57 @@ def forward(
             scale * math.log2(math.e),
             tuning.consumer_registers,
             tuning.producer_registers,
-            num_warps=4,
         )
+        launches.append(Launch(hopper_forward_kernel, min(_processors(device), tiles), arguments, device, num_warps=4))
+    return tuple(launches)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cells: Tensor,
+    stride: int,
+    segment_lengths: tuple[int, ...],
+    dilation_rates: tuple[int, ...],
+    interleaved: bool,
+    is_causal: bool,
+    scale: float,
+    tuning: Tuning | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all branches over the tiles of ``cells``.
+
+    Args:
+        query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D); `backends.gluon.unsupported` says which.
+        cells: (cells, 8) int32 on the device, runs of at most ``128 * stride`` rows, see `patterns.tiles`.
+        stride: distance of the rows of a tile.
+        segment_lengths, dilation_rates, interleaved: the pattern.
+        is_causal, scale: as for `dilated_attention`.
+        tuning: instead of the measured settings.
+
+    Returns:
+        out (B, Nq, H, D) in the input's dtype and lse (B, Nq, H) float32; rows outside all cells are left unwritten.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if not len(cells) or not out.numel():
+        return out, lse
+    launches = _launches(
+        Sizes(query.shape, query.stride()),
+        Sizes(key.shape, key.stride()),
+        Sizes(value.shape, value.stride()),
+        query.dtype,
+        query.device,
+        len(cells),
+        stride,
+        segment_lengths,
+        dilation_rates,
+        interleaved,
+        is_causal,
+        scale,
+        tuning or tuning_of(query.shape[3], is_causal),
+    )
+    for launch, counter in zip(launches, fresh_counters(len(launches), query.device), strict=True):
+        launch(query, key, value, out, lse, cells, counter)
     return out, lse

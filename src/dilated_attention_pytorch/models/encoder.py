@@ -16,7 +16,7 @@ from ..modules import DilatedAttention
 from ..ordering import HilbertOrdering
 from .blocks import Documents, Factory
 from .encoder_config import LongNetEncoderConfig
-from .pointwise import norm_linear
+from .pointwise import Stream, add_norm_linear, norm_linear
 from .xpos import XPos, XPosTables, apply_xpos, centred_positions
 
 
@@ -30,17 +30,17 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x_BNE: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """``(B, N, E)`` to ``(B, N, E)``."""
+    def forward(self, x_BNE: Tensor, cu_seqlens: Tensor | None = None) -> Tensor | None:
+        """What multiplies an update ``(B, N, E)``: ``(B,)`` or, where documents are packed, ``(N,)``; None for 1."""
         if not self.training or self.rate == 0.0:
-            return x_BNE
+            return None
         documents = x_BNE.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         kept = torch.rand(documents, device=x_BNE.device) >= self.rate
-        factor = (kept / (1.0 - self.rate)).to(x_BNE.dtype)
+        factor = kept.to(accumulator_dtype(x_BNE.dtype)) / (1.0 - self.rate)
         if cu_seqlens is None:
-            return x_BNE * factor[:, None, None]
+            return factor
         row = torch.arange(x_BNE.shape[1], device=x_BNE.device)
-        return x_BNE * factor[torch.bucketize(row, cu_seqlens[1:].to(row), right=True)][:, None]
+        return factor[torch.bucketize(row, cu_seqlens[1:].to(row), right=True)]
 
     def extra_repr(self) -> str:
         """The probability."""
@@ -71,11 +71,10 @@ class EncoderSelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, documents: Documents, tables: XPosTables | None, norm: nn.LayerNorm | None = None
-    ) -> Tensor:
-        """``(B, N, E)`` to ``(B, N, E)``; ``norm`` comes before the projections."""
-        projections = [self.q_proj, self.k_proj, self.v_proj]
-        projected = [project(x) for project in projections] if norm is None else norm_linear(x, norm, projections)
+        self, stream: Stream, documents: Documents, tables: XPosTables | None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream's sum and its update, each ``(B, N, E)``; ``norm`` comes before the projections."""
+        x, projected = _project(stream, norm, [self.q_proj, self.k_proj, self.v_proj])
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         if tables is not None:
             query, key = apply_xpos(query, key, tables)
@@ -88,8 +87,8 @@ class EncoderSelfAttention(nn.Module):
             key_start=documents.key_start,
         ).flatten(-2)
         if self.inner_attn_ln is None:
-            return self.out_proj(out)
-        return norm_linear(out, self.inner_attn_ln, [self.out_proj])[0]
+            return x, self.out_proj(out)
+        return x, norm_linear(out, self.inner_attn_ln, [self.out_proj])[0]
 
 
 class EncoderFeedForward(nn.Module):
@@ -104,14 +103,22 @@ class EncoderFeedForward(nn.Module):
             self.ffn_layernorm = nn.LayerNorm(config.ffn_width, eps=config.layer_norm_eps, **factory)
         self.dropout = nn.Dropout(config.activation_dropout)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-        """``(B, N, E)`` to ``(B, N, E)``; ``norm`` comes before the first projection."""
-        hidden = self.fc1(x) if norm is None else norm_linear(x, norm, [self.fc1])[0]
+    def forward(self, stream: Stream, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
+        """The stream's sum and its update, each ``(B, N, E)``; ``norm`` comes before the first projection."""
+        x, (hidden,) = _project(stream, norm, [self.fc1])
         dropping = self.training and self.dropout.p > 0
         if self.ffn_layernorm is not None and not dropping:
-            return norm_linear(hidden, self.ffn_layernorm, [self.fc2], gelu=True)[0]
+            return x, norm_linear(hidden, self.ffn_layernorm, [self.fc2], gelu=True)[0]
         hidden = self.dropout(F.gelu(hidden))
-        return self.fc2(hidden if self.ffn_layernorm is None else self.ffn_layernorm(hidden))
+        return x, self.fc2(hidden if self.ffn_layernorm is None else self.ffn_layernorm(hidden))
+
+
+def _project(stream: Stream, norm: nn.LayerNorm | None, linears: list[nn.Linear]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The stream's sum, and linears of its norm, or of itself where there is none."""
+    if norm is not None:
+        return add_norm_linear(stream, norm, linears)
+    x = stream.total()
+    return x, tuple(linear(x) for linear in linears)
 
 
 class EncoderLayer(nn.Module):
@@ -127,15 +134,16 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(config.drop_path(index))
 
-    def forward(self, x: Tensor, documents: Documents, tables: XPosTables | None) -> Tensor:
-        """``(B, N, E)`` to ``(B, N, E)``."""
-        update = self.self_attn(x, documents, tables, self.self_attn_layer_norm if self.normalize_before else None)
-        x = x + self.drop_path(self.dropout(update), documents.cu_seqlens)
-        if not self.normalize_before:
-            x = self.self_attn_layer_norm(x)
-        update = self.ffn(x, self.final_layer_norm if self.normalize_before else None)
-        x = x + self.drop_path(self.dropout(update), documents.cu_seqlens)
-        return x if self.normalize_before else self.final_layer_norm(x)
+    def forward(self, stream: Stream, documents: Documents, tables: XPosTables | None) -> Stream:
+        """The stream ``(B, N, E)`` with both updates, the last of them still to be added."""
+        before = self.normalize_before
+        x, update = self.self_attn(stream, documents, tables, self.self_attn_layer_norm if before else None)
+        stream = Stream(x, self.dropout(update), self.drop_path(x, documents.cu_seqlens))
+        if not before:
+            stream = Stream(self.self_attn_layer_norm(stream.total()))
+        x, update = self.ffn(stream, self.final_layer_norm if before else None)
+        stream = Stream(x, self.dropout(update), self.drop_path(x, documents.cu_seqlens))
+        return stream if before else Stream(self.final_layer_norm(stream.total()))
 
 
 class LongNetEncoder(nn.Module):
@@ -210,8 +218,10 @@ class LongNetEncoder(nn.Module):
             ValueError: embeddings of another shape, document arguments that :func:`dilated_attention` refuses, an
                 ordering of other rows or documents, or with ``xpos`` documents so long that its scale overflows.
         """
+        stream = Stream(x)
         for state in self._states(x, key_padding_mask, cu_seqlens, ordering):
-            x = state
+            stream = state
+        x = stream.total()
         x = x if ordering is None else ordering.invert(x)
         return x if self.layer_norm is None else self.layer_norm(x)
 
@@ -227,13 +237,19 @@ class LongNetEncoder(nn.Module):
 
         One at a time, so that whoever wants a summary of every layer need not hold all of them.
         """
-        for state in self._states(x, key_padding_mask, cu_seqlens, ordering):
-            yield state if ordering is None else ordering.invert(state)
+        for stream in self._states(x, key_padding_mask, cu_seqlens, ordering, summed=True):
+            yield stream.x if ordering is None else ordering.invert(stream.x)
 
     def _states(
-        self, x: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, ordering: HilbertOrdering | None
-    ) -> Iterator[Tensor]:
-        """The residual stream, its rows in the order of ``ordering``."""
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ordering: HilbertOrdering | None,
+        *,
+        summed: bool = False,
+    ) -> Iterator[Stream]:
+        """The residual stream, its rows in the order of ``ordering``; ``summed``: with no update still to be added."""
         config = self.config
         if x.dim() != 3 or x.shape[2] != config.embed_dim or 0 in x.shape:
             raise ValueError(
@@ -250,15 +266,18 @@ class LongNetEncoder(nn.Module):
         tables = self._xpos_tables(x, documents, longest, ordering)
         if key_padding_mask is not None:
             x = x.masked_fill(key_padding_mask[..., None], 0.0)
-        x = self.dropout(x)
-        yield x
+        stream = Stream(self.dropout(x))
+        yield stream
         recompute = config.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            if recompute:
-                x = checkpoint(layer, x, documents, tables, use_reentrant=False)
+            if recompute:  # what it starts from is kept: the sum alone
+                stream = Stream(stream.total())
+                stream = checkpoint(layer, stream, documents, tables, use_reentrant=False)
             else:
-                x = layer(x, documents, tables)
-            yield x
+                stream = layer(stream, documents, tables)
+            if summed:
+                stream = Stream(stream.total())
+            yield stream
 
     def _longest_document(self, rows: int, cu_seqlens: Tensor | None) -> int:
         """Rows of the longest document; for packed ones it waits for the device, so only where it matters."""
