@@ -208,8 +208,10 @@ def _ordering_times(results: Mapping[str, Any]) -> Iterator[Chart]:
     )
     moved = results["permutation"]
     shape = " x ".join(f"{size:,}" for size in moved["shape"])
-    times = {name: {"median": found["median"]} for name, found in moved["milliseconds"].items()}
-    yield Bars(f"rows of {shape} {moved['dtype'].removeprefix('torch.')}", "milliseconds, median", times)
+    times = {name: {"a call, median": found["median"]} for name, found in moved["milliseconds"].items()}
+    for name, value in moved.get("device_milliseconds", {}).items():
+        times[name]["on the device alone"] = value
+    yield Bars(f"rows of {shape} {moved['dtype'].removeprefix('torch.')}", "milliseconds", times)
     for key, work in (("forward", "forward"), ("training_step", "training step")):
         if key in results:
             found = results[key]
