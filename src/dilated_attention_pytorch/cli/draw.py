@@ -162,7 +162,7 @@ def _draw_pattern(
     notes = pattern_picture.coverage(seen)
     if rows < (longest := max(pattern.segment_lengths)):
         notes.append(
-            f"the longest segment has {longest:,} rows; the picture, like these figures, has the first {rows:,} of them "
+            f"the longest segment has {longest:,} rows; the picture, like the figures, has the first {rows:,} of them "
             f"(at most {pattern_picture.MOST_ROWS}); to see all of a pattern, divide its segment lengths by one number"
         )
     return notes
