@@ -135,8 +135,7 @@ def test_a_pattern_that_does_not_fit_is_cut_and_the_output_says_so(tmp_path: Pat
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
         assert (
-            f"the longest segment has 2,048 rows; the picture, like the figures, has the first {rows} "
-            in result.stdout
+            f"the longest segment has 2,048 rows; the picture, like the figures, has the first {rows} " in result.stdout
         )
     result = CliRunner().invoke(app, ["draw", *PATTERN, "--length", "16"])
     assert "longest segment" not in result.stdout
