@@ -215,7 +215,10 @@ def permutation(device: str) -> dict[str, object]:
             name: float(do_bench(function, warmup=25, rep=100, return_mode="median"))
             for name, function in functions.items()
         }
-        found |= {"device_milliseconds": on_device, "copy_over_hilbert_on_device": on_device["copy"] / on_device["hilbert"]}
+        found |= {
+            "device_milliseconds": on_device,
+            "copy_over_hilbert_on_device": on_device["copy"] / on_device["hilbert"],
+        }
     found["milliseconds"] = times(functions, device, repeats=50 if device == "cuda" else 9)
     return found
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,7 +34,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Lines:
-    """Curves over a logarithmic axis, the other logarithmic too."""
+    """Curves over a logarithmic axis; the other is logarithmic too where values differ much."""
 
     title: str
     x: str
@@ -58,8 +59,11 @@ def script_of(record: Mapping[str, Any]) -> str:
 def charts_of(record: Mapping[str, Any]) -> list[Chart]:
     """The charts of a file's content; those without a value are left out."""
     known = _KNOWN.get(script_of(record))
-    charts = list(known(record["results"])) if known else []
-    charts = charts or list(_groups(record["results"]))
+    charts = _with_values(known(record["results"])) if known else []
+    return charts or _with_values(_groups(record["results"]))
+
+
+def _with_values(charts: Iterable[Chart]) -> list[Chart]:
     return [chart for chart in charts if (chart.values if isinstance(chart, Bars) else chart.points)]
 
 
@@ -117,7 +121,12 @@ def _draw_lines(axes: Any, chart: Lines) -> None:
 
     for n, points in enumerate(chart.points.values()):
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3.5, color=COLORS[n % len(COLORS)])
-    axes.set(xlabel=chart.x, ylabel=chart.unit, xscale="log", yscale="log")
+    values = [y for points in chart.points.values() for _, y in points]
+    axes.set(xlabel=chart.x, ylabel=chart.unit, xscale="log")
+    if max(values) > 3 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.1 * max(values))
     axes.set_xticks(sorted({x for points in chart.points.values() for x, _ in points}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -237,6 +246,53 @@ def _sparse(results: Mapping[str, Any]) -> Iterator[Chart]:
             ratios = {direction: row["dense_ms"][direction] / ms for direction, ms in row["ms"].items()}
             faster[label] = {**ratios, "by the pairs left out": 1 / row["kept"]}
     yield Bars("time of the best dense kernel over that of block-sparse attention", "times as fast", faster)
+    listed: dict[str, dict[str, float]] = {}
+    for row in results.get("lists", ()):
+        listed[f"{row['pattern']}{' causal' if row['causal'] else ''}"] = {"time": row["ms"]}
+    yield Bars("making the lists of blocks of a million rows", "milliseconds", listed)
+    chosen: dict[str, dict[str, float]] = {}
+    for row in results.get("selection", ()):
+        steps = {name: row[f"{name}_ms"] for name in ("choose", "list", "call", "dense")}
+        chosen[f"{row['pattern'].partition('(')[0]} {len(chosen)}{' causal' if row['causal'] else ''}"] = steps
+    yield Bars("selection by content, in the order of the file", "milliseconds", chosen)
+
+
+def _sparse_needle(results: Mapping[str, Any]) -> Iterator[Chart]:
+    recall = {
+        row["pooling"]: {f"{blocks} blocks": share for blocks, share in row["recall"].items()}
+        for row in results["poolings"]
+    }
+    yield Bars(f"a needle in {results['rows']:,} rows: its block is among those selected", "share of draws", recall)
+
+
+def _generation(results: Mapping[str, Any]) -> Iterator[Chart]:
+    rows = results["contexts"]
+    title = f"one token of preset {results['preset']}, {results['dtype'].removeprefix('torch.')}"
+    yield Lines(
+        title, "rows before it", "milliseconds", {"step": [(r["context"], r["step_milliseconds"]) for r in rows]}
+    )
+
+
+def _streaming(results: Mapping[str, Any]) -> Iterator[Chart]:
+    times: dict[str, dict[str, float]] = {}
+    for direction in ("forward", "backward"):
+        if direction in results:
+            found = results[direction]
+            parts = {"streamed, best": min(found["seconds"])}
+            parts |= {key: found[f"{key}_seconds"] for key in ("compute", "transfer") if f"{key}_seconds" in found}
+            times[direction] = parts
+    yield Bars(f"{results['rows']:,} rows through one device, and the bounds of it", "seconds", times)
+
+
+def _language(results: Mapping[str, Any]) -> Iterator[Chart]:
+    means, errors = {}, {}
+    for name in results["variants"]:
+        bits = [run["bits_second_half"] for run in results["runs"] if run["variant"] == name]
+        if bits:
+            means[name] = {"bits": statistics.mean(bits)}
+            errors[name] = statistics.stdev(bits) / math.sqrt(len(bits)) if len(bits) > 1 else 0.0
+    title = "models by pattern and longest context: mean and standard error over seeds"
+    yield Bars(title, "bits per byte, second half of a window", means, errors)
 
 
 def _cpu(results: Mapping[str, Any]) -> Iterator[Chart]:
@@ -286,10 +342,14 @@ def _is_number(value: Any) -> bool:
 
 _KNOWN: dict[str, Callable[[Any], Iterator[Chart]]] = {
     "cpu": _cpu,
+    "generation": _generation,
+    "language": _language,
     "gpu": _gpu,
     "memory": _memory,
     "slide_encoder": _slide_encoder,
     "ordering": _ordering,
     "parallel": _parallel,
     "sparse": _sparse,
+    "sparse_needle": _sparse_needle,
+    "streaming": _streaming,
 }

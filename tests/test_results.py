@@ -101,6 +101,34 @@ def test_block_sparse_beside_dense(plots):
     assert chart.values == {"90, triton, keeps 0.100": {"forward": 4.5, "by the pairs left out": 10.0}}
 
 
+def test_lists_and_selection_of_blocks(plots):
+    choice = {"pattern": "ContentTopK(keep=1)", "causal": True, "choose_ms": 1.0, "list_ms": 2.0, "call_ms": 3.0}
+    results = {
+        "speed": [],
+        "lists": [{"pattern": "local", "causal": False, "ms": 4.0}],
+        "selection": [choice | {"dense_ms": 9.0}],
+    }
+    lists, selection = plots.charts_of(record("sparse", results))
+    assert lists.values == {"local": {"time": 4.0}}
+    assert selection.values == {"ContentTopK 0 causal": {"choose": 1.0, "list": 2.0, "call": 3.0, "dense": 9.0}}
+
+
+def test_needles_generation_streaming_and_models(plots):
+    needle = {"rows": 64, "poolings": [{"pooling": "mean", "recall": {"1": 0.25, "4": 0.5}}]}
+    (chart,) = plots.charts_of(record("sparse_needle", needle))
+    assert chart.values == {"mean": {"1 blocks": 0.25, "4 blocks": 0.5}}
+    step = {"preset": "base", "dtype": "torch.bfloat16", "contexts": [{"context": 8, "step_milliseconds": 2.0}]}
+    (chart,) = plots.charts_of(record("generation", step))
+    assert chart.points == {"step": [(8, 2.0)]}
+    forward = {"seconds": [3.0, 2.0], "compute_seconds": 1.0, "transfer_seconds": 0.5}
+    (chart,) = plots.charts_of(record("streaming", {"rows": 10, "forward": forward}))
+    assert chart.values == {"forward": {"streamed, best": 2.0, "compute": 1.0, "transfer": 0.5}}
+    runs = [{"variant": "dense-8", "bits_second_half": bits} for bits in (1.0, 2.0)]
+    (chart,) = plots.charts_of(record("language", {"variants": {"dense-8": {}, "longnet-8": {}}, "runs": runs}))
+    assert chart.values == {"dense-8": {"bits": 1.5}}
+    assert chart.errors == pytest.approx({"dense-8": 0.5})
+
+
 def test_ranks(plots):
     row = {"case": "a", "world": 2, "strategy": "ring", "efficiency_forward": 0.75, "efficiency_both": 0.5}
     (chart,) = plots.charts_of(record("parallel", [row, {"case": "a", "world": 1}]))
@@ -118,7 +146,9 @@ def test_of_a_file_that_nothing_is_known_of_every_group_of_numbers_is_shown(plot
 
 
 def test_pages_show_results_where_they_ask_for_them(pages, monkeypatch):
-    given = {"gpu_a": record("gpu", []), "gpu_b": record("gpu", []), "other": record("cpu", {})}
+    rows = [{"tiles": 1, "ours: forward": {"ms": 2.0}}]
+    given = {name: record("slide_encoder", rows) for name in ("gpu_a", "gpu_b", "other")}
+    given["gpu_c"] = record("gpu", [])  # with nothing to draw
     monkeypatch.setattr(pages, "records", lambda: given)
     text = "# Page\n\n<!-- plot: gpu_* -->\n\n<!-- plot: absent -->\n\nBetween `<!-- plot: other -->` words.\n"
     shown = pages.with_results(text)
@@ -126,7 +156,8 @@ def test_pages_show_results_where_they_ask_for_them(pages, monkeypatch):
     assert "absent" not in shown
     sections = pages.with_results("<!-- results -->\n")
     assert re.findall(r"^## (\w+)$", sections, re.MULTILINE) == list(given)
-    assert "| command | `python benchmarks/cpu.py` |" in sections
+    assert "| command | `python benchmarks/slide_encoder.py` |" in sections
+    assert "plots/gpu_c.svg" not in sections
     assert (
         sections.index("| command |") < sections.index("| date | 2026-01-02 |") < sections.index("| device | a GPU |")
     )
