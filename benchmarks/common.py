@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _command() -> str:
+    """The command of this run, without the option that says where results go."""
+    words = [str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
+    kept = [word for before, word in pairwise(["", *words]) if not {"--output", "--results"} & {before, word}]
+    return shlex.join(["python", *(word for word in kept if not word.startswith(("--output=", "--results=")))])
 
 
 def provenance() -> dict[str, Any]:
@@ -24,7 +33,7 @@ def provenance() -> dict[str, Any]:
         ["git", "status", "--porcelain", "--", "src"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     found: dict[str, Any] = {
-        "command": f"python {Path(sys.argv[0]).resolve().relative_to(ROOT)}",
+        "command": _command(),
         "commit": git.stdout.strip() + (" with changes in src" if changed.stdout.strip() else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "python": platform.python_version(),

@@ -1,8 +1,9 @@
-"""Orders of a grid compared: locality, recall of dense attention, accuracy of a small model, and time.
+"""Orders of a grid compared: locality, recall of dense attention, accuracy of a small model, and what an order costs.
 
-python benchmarks/ordering.py [--seeds 5] [--epochs 20] [--output benchmarks/results/ordering.json]
+    python benchmarks/ordering.py [--parts value,time] [--seeds 5] [--epochs 20] [--results FOLDER]
 
-Images and digits are those that scikit-learn brings along; nothing is downloaded.
+``value`` writes ordering.json; its images and digits are those that scikit-learn brings along. ``time`` runs on the GPU
+if there is one and writes ordering_gpu.json or ordering_cpu.json. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
 from torch.nn import functional as F
 
-from common import ROOT, cpu_medians, save
-from dilated_attention_pytorch import LongNetEncoderConfig, LongNetViT
+from common import ROOT, save
+from dilated_attention_pytorch import (
+    HilbertOrdering,
+    LongNetEncoder,
+    LongNetEncoderConfig,
+    LongNetViT,
+    hilbert_order,
+)
 from dilated_attention_pytorch.models import ImageEmbedding
+from dilated_attention_pytorch.models.gigapath import gigapath_segment_lengths
 from dilated_attention_pytorch.ordering import GRID_ORDERS
 from dilated_attention_pytorch.ordering.locality import attended_distance, neighbours_inside
 
@@ -66,6 +76,8 @@ def recall() -> list[dict[str, object]]:
     Attention by content alone: queries and keys are the same features of a patch, sharpened until a row's entropy is
     that of a given number of keys, in the median.
     """
+    from sklearn.datasets import load_sample_images
+
     found = []
     segments, rates, heads = (256, 1024, 4240), (1, 4, 16), 16
     for image, name in zip(load_sample_images().images, ("china", "flower"), strict=True):
@@ -105,6 +117,8 @@ def recall() -> list[dict[str, object]]:
 
 def accuracy(seeds: int, epochs: int) -> list[dict[str, object]]:
     """Test accuracy on scikit-learn's digits of a LongNetViT on single pixels, under each order."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
@@ -144,35 +158,111 @@ def accuracy(seeds: int, epochs: int) -> list[dict[str, object]]:
     return found
 
 
-def end_to_end() -> dict[str, float]:
-    """Seconds of a forward of 64 x 64 patches with and without an ordering, permutation included; medians."""
-    models = {}
-    for order in (None, "hilbert"):
-        torch.manual_seed(0)
-        config = LongNetEncoderConfig(
-            embed_dim=256, num_layers=4, num_heads=8, segment_lengths=(256, 1024, 4096), dilation_rates=(1, 4, 8)
-        )
-        models[str(order)] = LongNetViT(config, ImageEmbedding(512, 8, embed_dim=256), ordering=order).eval()
-    image = torch.randn(1, 3, 512, 512)
+def times(functions: dict[str, Callable[[], object]], device: str, *, repeats: int) -> dict[str, dict[str, float]]:
+    """Median and least milliseconds of each function, run in turn so that drift of the machine meets all alike."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            if device == "cpu":
+                start = time.perf_counter()
+                function()
+                found[name].append(1e3 * (time.perf_counter() - start))
+                continue
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            torch.cuda.synchronize()
+            events[0].record()
+            function()
+            events[1].record()
+            events[1].synchronize()
+            found[name].append(events[0].elapsed_time(events[1]))
+    return {name: {"median": statistics.median(ms), "least": min(ms)} for name, ms in found.items()}
 
-    def run(model: LongNetViT) -> None:
-        with torch.no_grad():
-            model(image)
 
-    functions = {name: lambda model=model: run(model) for name, model in models.items()}
-    return {name: statistics.median(times) for name, times in cpu_medians(functions, repeats=9).items()}
+def orders(device: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of computing an order, which an ordering does once for a grid and a device."""
+    shapes = ((1024, 1024), (1000, 777), (128, 128, 128), (101, 67, 83))
+    functions = {
+        " x ".join(map(str, shape)): lambda shape=shape: hilbert_order(*shape, device=device) for shape in shapes
+    }
+    return times(functions, device, repeats=15)
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/ordering.json")
-    arguments = parser.parse_args()
-    results: dict[str, object] = {"locality": locality(), "recall": recall(), "end_to_end_seconds": end_to_end()}
-    save(arguments.output, results)
-    trained = accuracy(arguments.seeds, arguments.epochs)
+def permutation(device: str) -> dict[str, object]:
+    """Milliseconds of moving rows along the curve, in a random order, and by PyTorch, beside a copy; all allocate.
+
+    "milliseconds" are those of a call that finds the device idle, so that the host's share counts; on a GPU
+    "device_milliseconds" leave it out.
+    """
+    side, dtype = (1024, torch.bfloat16) if device == "cuda" else (256, torch.float32)
+    x = torch.randn(1, side * side, 768, device=device, dtype=dtype)
+    ordering = HilbertOrdering((side, side))
+    index = ordering.positions(device)
+    shuffled = HilbertOrdering(permutation=torch.randperm(side * side))
+    functions: dict[str, Callable[[], object]] = {
+        "copy": x.clone,
+        "hilbert": lambda: ordering.apply(x),
+        "inverse": lambda: ordering.invert(x),
+        "random": lambda: shuffled.apply(x),
+        "index_select": lambda: x.index_select(1, index),
+    }
+    found: dict[str, object] = {"shape": list(x.shape), "dtype": str(dtype)}
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        on_device = {
+            name: float(do_bench(function, warmup=25, rep=100, return_mode="median"))
+            for name, function in functions.items()
+        }
+        found |= {
+            "device_milliseconds": on_device,
+            "copy_over_hilbert_on_device": on_device["copy"] / on_device["hilbert"],
+        }
+    found["milliseconds"] = times(functions, device, repeats=50 if device == "cuda" else 9)
+    return found
+
+
+def encoder(device: str, *, training: bool) -> dict[str, object]:
+    """Milliseconds of an encoder with and without an ordering: both permutations, and what they do to attention.
+
+    On a GPU the size of GigaPath's slide encoder under bfloat16 autocast, on a CPU a small one in float32.
+    """
+    torch.manual_seed(0)
+    if device == "cuda":
+        side, width, layers, heads, branches = 256, 768, 12, 16, (tuple(gigapath_segment_lengths()), (1, 2, 4, 8, 16))
+    else:
+        side, width, layers, heads, branches = 64, 256, 4, 8, ((256, 1024, 4096), (1, 4, 8))
+    segments, rates = branches
+    config = LongNetEncoderConfig(
+        embed_dim=width, num_layers=layers, num_heads=heads, segment_lengths=segments, dilation_rates=rates
+    )
+    model = LongNetEncoder(config, device=device).train(training)
+    x = torch.randn(1, side * side, width, device=device)
+
+    def run(ordering: HilbertOrdering | None) -> None:
+        with torch.set_grad_enabled(training):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                out: Tensor = model(x, ordering=ordering)
+            if training:
+                model.zero_grad(set_to_none=True)
+                out.float().square().sum().backward()
+
+    curve = HilbertOrdering((side, side))
+    functions: dict[str, Callable[[], object]] = {"as given": lambda: run(None), "hilbert": lambda: run(curve)}
+    found = times(functions, device, repeats=12 if device == "cuda" else 9)
+    return {
+        "rows": side * side, "width": width, "layers": layers, "heads": heads, "segment_lengths": segments,
+        "dilation_rates": rates, "training_step": training, "milliseconds": found,
+        "hilbert_over_as_given": found["hilbert"]["median"] / found["as given"]["median"],
+    }  # fmt: skip
+
+
+def measure_value(path: Path, seeds: int, epochs: int) -> None:
+    """Locality, recall, accuracy."""
+    results: dict[str, object] = {"locality": locality(), "recall": recall()}
+    save(path, results)
+    trained = accuracy(seeds, epochs)
     by_order = {name: [100 * row["accuracy"] for row in trained if row["order"] == name] for name in ORDERS}
     results["accuracy"] = {
         "runs": trained,
@@ -181,7 +271,36 @@ def main() -> None:
             for name, values in by_order.items()
         },
     }
-    save(arguments.output, results)
+    save(path, results)
+
+
+def measure_time(path: Path, device: str) -> None:
+    """Orders, permutations, encoders; written after each, so that a stop loses nothing."""
+    results: dict[str, object] = {"milliseconds_of_orders": orders(device)}
+    results["permutation"] = permutation(device)
+    save(path, results, quiet=True)
+    results["forward"] = encoder(device, training=False)
+    save(path, results, quiet=True)
+    results["training_step"] = encoder(device, training=True)
+    save(path, results)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="value,time")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder to write to")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := set(parts) - {"value", "time"}:
+        parser.error(f"--parts has {', '.join(sorted(unknown))}; give value, time or both")
+    if "value" in parts:
+        measure_value(arguments.results / "ordering.json", arguments.seeds, arguments.epochs)
+    if "time" in parts:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        measure_time(arguments.results / f"ordering_{'gpu' if device == 'cuda' else 'cpu'}.json", device)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import dilated_attention_pytorch as package
 from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse, explain, verify
 
 Q = torch.zeros(2, 10, 4, 8)
@@ -133,3 +134,43 @@ def test_a_second_derivative_raises():
 def test_what_is_no_place_of_a_sequence(function):
     with pytest.raises(ValueError, match=r"parallel is 3; give ContextParallel\(mesh\).*Streaming\(device.*None"):
         function(**changed(parallel=3))
+
+
+PAIR = {"segment_lengths": [4], "dilation_rates": [1]}
+ENCODER = package.LongNetEncoderConfig(embed_dim=8, num_layers=1, num_heads=2, **PAIR)
+WINDOW = package.LocalWindow
+
+
+@pytest.mark.parametrize(
+    ("make", "fragment"),
+    [
+        (lambda: package.sparse_attention(Q, Q, Q, WINDOW), "give a block-sparse pattern such as LocalWindow(1024)"),
+        (lambda: package.explain_sparse(Q, Q, Q, WINDOW), "give a block-sparse pattern such as LocalWindow(1024)"),
+        (lambda: package.SparseAttention(WINDOW), "give a block-sparse pattern such as LocalWindow(1024)"),
+        (lambda: package.MultiheadSparseAttention(8, 2, pattern=WINDOW), "give a block-sparse pattern such as"),
+        (lambda: package.DilatedBlocks(128, 1), "segment_lengths is 128; give a list or tuple of integers"),
+        (lambda: package.DilatedBlocks([128], 1), "dilation_rates is 1; give a list or tuple of integers"),
+        (lambda: package.DilatedAttention(16, 1), "segment_lengths is 16; give a list or tuple of integers"),
+        (lambda: package.DilatedAttention([16], "1"), "dilation_rates is '1'; give a list or tuple of integers"),
+        (lambda: package.DilatedAttention([16], [1], dropout=[0.1]), "dropout is [0.1]; give a probability"),
+        (lambda: package.MultiheadDilatedAttention([8], 2, **PAIR), "embed_dim is [8]; give an integer of at least 1"),
+        (lambda: package.MultiheadDilatedAttention(8.0, 2, **PAIR), "embed_dim is 8.0; give an integer of at least 1"),
+        (lambda: package.MultiheadDilatedAttention(8, "2", **PAIR), "num_heads is '2'; give an integer of at least 1"),
+        (
+            lambda: package.DilatedTransformerEncoderLayer(8, 2, segment_lengths=4, dilation_rates=1),
+            "segment_lengths is 4; give a list or tuple of integers",
+        ),
+        (lambda: package.LongNetLM({"embed_dim": 8}), "config is of type dict; give an instance of LongNetLMConfig"),
+        (lambda: package.LongNetLM(package.LongNetLMConfig), "config is LongNetLMConfig; give an instance of"),
+        (lambda: package.LongNetEncoder({}), "config is of type dict; give an instance of LongNetEncoderConfig"),
+        (lambda: package.LongNetViT({}, None), "config is of type dict; give an instance of LongNetEncoderConfig"),
+        (lambda: package.LongNetViT(ENCODER, 3), "patch_embed is 3; give an ImageEmbedding or a TileEmbedding"),
+        (lambda: package.recommend_ordering(64, 64, segment_lengths=256), "segment_lengths is 256; give integers"),
+        (lambda: package.ContextParallel(4), "mesh is 4; give a DeviceMesh"),
+        (lambda: package.available_backends(3), "device is 3; give a name such as 'cuda'"),
+    ],
+)
+def test_a_wrong_type_is_said_to_be_one(make: Any, fragment: str):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the fragment is checked below
+        make()
+    assert fragment in str(caught.value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dilated_attention_pytorch"
@@ -51,6 +53,27 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     namespace = {"__name__": "__main__"}
     for block in python_blocks(page):
         exec(compile(block, str(ROOT / page), "exec"), namespace)
+
+
+def commands(page: str) -> list[str]:
+    """Every call of our command that a page shows: lines of code blocks, and code within the text."""
+    text = (ROOT / page).read_text()
+    lines = [line for _, block in FENCE.findall(text) for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("dilated-attention ")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_take_the_options_that_pages_give_them(page: str):
+    from dilated_attention_pytorch.cli import app
+
+    for line in commands(page):
+        words = shlex.split(line, comments=True)[1:]
+        command = typer.main.get_command(app)
+        while hasattr(command, "resolve_command") and words:
+            _, command, words = command.resolve_command(command.context_class(command), words)
+        if words:  # else the page only names it
+            assert command.make_context("command", words) is not None, line
 
 
 def test_readme_and_semantics_have_code_that_runs():

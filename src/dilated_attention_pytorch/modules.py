@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .backends.dispatch import check_backend
 from .functional import check_choices, dilated_attention
 from .patterns import DilatedPattern
+from .patterns.block_sparse import check_integer
 from .sparse import SparseAttention
 from .types import HeadOffsets, MixingGrad, Padding
 
@@ -57,11 +58,15 @@ class DilatedAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
+        if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout!r}; give a probability of at least 0 and below 1")
         check_choices(padding, mixing_grad)
         check_backend(backend)
-        self.pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+        lengths, rates = (
+            tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given
+            for given in (segment_lengths, dilation_rates)
+        )
+        self.pattern = DilatedPattern(lengths, rates, head_offsets)
         self.is_causal = is_causal
         self.scale = scale
         self.dropout = dropout
@@ -192,12 +197,14 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError(f"{name} is True; an added key has no position in the sequence, leave it False")
         if not batch_first:
             raise ValueError("batch_first is False; give batch_first=True and tensors (batch, rows, width)")
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", kv_heads)):
+            check_integer(name, value, 1)
+        if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim is {embed_dim}, num_heads is {num_heads}; embed_dim must be a multiple of num_heads"
             )
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if kv_heads < 1 or num_heads % kv_heads:
+        if num_heads % kv_heads:
             raise ValueError(f"num_kv_heads is {kv_heads}, num_heads is {num_heads}; give a divisor of num_heads")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
         self.kdim = embed_dim if kdim is None else kdim

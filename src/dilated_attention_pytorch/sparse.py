@@ -145,7 +145,7 @@ def check_pattern(pattern: Any) -> None:
     """Raise ValueError for what is no block-sparse pattern."""
     if isinstance(pattern, DilatedPattern):
         raise ValueError("pattern is a DilatedPattern; call dilated_attention, or put it in a Union with others")
-    if not hasattr(pattern, "entries"):
+    if isinstance(pattern, type) or not hasattr(pattern, "entries"):
         raise ValueError(f"pattern is {pattern!r}; give a block-sparse pattern such as LocalWindow(1024)")
 
 

@@ -30,7 +30,7 @@ def test_every_command_has_help(name: str):
 def test_an_unknown_command_is_refused():
     result = CliRunner().invoke(app, ["trian"])
     assert result.exit_code == 2
-    assert result.stderr == "error: No such command 'trian'.\n"
+    assert result.stderr == "error: No such command 'trian'. Did you mean 'train'?\n"
 
 
 def test_without_a_command_help_is_shown():

@@ -78,6 +78,14 @@ BRANCHES = ("--segment-lengths", "256,1024", "--dilation-rates", "1,4")
         (("--pattern", "local", "--parameters", "window"), "--parameters has 'window'; give name=integer"),
         (("--pattern", "local", "--parameters", "window=1,window=2"), "--parameters has window twice"),
         (("--pattern", "local", "--segment-lengths", "64"), "--segment-lengths goes with --pattern dilated-blocks"),
+        (("--pattern", "local", "--head-offsets", "interleaved"), "--head-offsets goes with --pattern dilated-blocks"),
+        (
+            ("--order", "snake", "--pattern", "local"),
+            "--order draws the order of a grid, --pattern a pattern; a picture",
+        ),
+        (("--shape", "8x8", "--segment-length", "4", "--segment-lengths", "4"), "--shape, --segment-length draws the"),
+        (("--heads", "2", "--shape", "8x8"), "--shape draws the order of a grid, --heads a pattern"),
+        (("--causal", "--length", "8"), "--length, --causal goes with a pattern; give --segment-lengths"),
         (("--parameters", "window=64"), "--parameters is given without --pattern"),
         (("--pattern", "dilated-blocks"), "--dilation-rates is missing"),
         (("--pattern", "dilated-blocks", *BRANCHES, "--parameters", "seed=1"), "--parameters has seed"),
@@ -118,6 +126,19 @@ def test_a_picture_shows_each_branch_of_a_pattern(causal: bool, tmp_path: Path, 
     shares = [share_of(tmp_path / "pattern.png", color) for color in ((0, 0.447, 0.698), (0.835, 0.369, 0))]
     assert shares[1] > 0.01
     assert shares[0] / shares[1] == pytest.approx(pairs[0] / pairs[1], rel=0.15)
+
+
+def test_a_pattern_that_does_not_fit_is_cut_and_the_output_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for length, rows in (((), 512), (("--length", "100"), 100)):
+        arguments = ["draw", "--segment-lengths", "64,2048", "--dilation-rates", "1,2", "--heads", "1", *length]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert (
+            f"the longest segment has 2,048 rows; the picture, like the figures, has the first {rows} " in result.stdout
+        )
+    result = CliRunner().invoke(app, ["draw", *PATTERN, "--length", "16"])
+    assert "longest segment" not in result.stdout
 
 
 def test_what_a_pattern_covers():

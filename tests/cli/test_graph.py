@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from typer.testing import CliRunner
 
 from dilated_attention_pytorch.cli import app
-from dilated_attention_pytorch.compat.graph import as_svg, layers, old_name_edges, package_edges
+from dilated_attention_pytorch.compat.graph import as_svg, layers, old_names_of, package_edges
 
 P = "dilated_attention_pytorch"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -62,15 +62,21 @@ def test_the_command_shows_who_uses_old_names(tmp_path: Path):
     (tmp_path / "b.py").write_text(f"from {P} import dilated_attention, ImprovedDilatedAttention\n")
     (tmp_path / "c.py").write_text("import torch\n")
     (tmp_path / "d.py").write_text("def (\n")
-    edges, failed = old_name_edges(tmp_path)
-    assert edges == {
+    (tmp_path / "e.py").write_text(
+        f"import {P} as p\nfrom {P}.core import nope\np.LongNetLM, p.ImprovedDilatedAttention\n"
+    )
+    found = old_names_of(tmp_path)
+    assert found.edges == {
         "a.py": {"core.PatternCache": 1, "core.ValidationMixin": 1, "long_net": 1},
         "b.py": {"ImprovedDilatedAttention": 1},
+        "e.py": {"ImprovedDilatedAttention": 1},
     }
-    assert [(path.name, line) for path, line, _ in failed] == [("d.py", 1)]
+    assert [(path.name, line) for path, line, _ in found.failed] == [("d.py", 1)]
+    assert [(path.name, line, name) for path, line, name in found.unknown] == [("e.py", 2, f"{P}.core.nope")]
     result = CliRunner().invoke(app, ["graph", str(tmp_path)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert "2 files use 4 old names" in result.output
+    assert "3 files use 4 old names" in result.output
+    assert f"e.py:2: unknown name {P}.core.nope" in result.output.replace("\n", "")
     assert "d.py:1: does not parse" in result.output
 
 

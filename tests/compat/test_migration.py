@@ -13,7 +13,7 @@ import torch
 
 from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.compat.migration.rewrite import rewrite
-from dilated_attention_pytorch.compat.migration.uses import uses_in
+from dilated_attention_pytorch.compat.migration.uses import unknown_in, uses_in
 from dilated_attention_pytorch.compat.table import load
 
 P = "dilated_attention_pytorch"
@@ -275,3 +275,39 @@ def test_imports_of_random_old_names_all_go_and_migrating_again_changes_nothing(
 def test_sources_that_do_not_parse_raise():
     with pytest.raises(libcst.ParserSyntaxError):
         rewrite(f"from {P}.core import (".encode())
+
+
+def test_names_that_nothing_has_are_listed():
+    source = f"""
+        from {P} import dilated_attention, Foo
+        from {P}.nothing import Bar, Baz
+        import {P}.nothing.more
+        from {P}.models import Nope, LongNetEncoder
+        from {P}.core import _private
+        from {P}.nothing import *
+        from {P}.core import *
+        from {P}.ordering import morton_order
+        from {P} import ordering
+        from elsewhere import Foo
+    """
+    source = textwrap.dedent(source)
+    names = [(2, "Foo"), (3, "nothing.Bar"), (3, "nothing.Baz"), (4, "nothing.more"), (5, "models.Nope")]
+    names += [(6, "core._private"), (7, "nothing")]
+    assert unknown_in(source) == [(line, f"{P}.{name}") for line, name in names]
+    text, left = migrated(source)
+    assert [(line, words.split()[2].rstrip(":")) for line, words in left if words.startswith("unknown name")] == [
+        (line, f"{P}.{name}") for line, name in names
+    ]
+    assert f"from {P}.compat.old.core import _private" in text
+    assert f"from {P} import dilated_attention, Foo" in text
+
+
+def test_old_names_read_from_the_package_are_listed():
+    source = (
+        f"import {P} as dap, {P}\ndap.RingDilatedAttention\n{P}.DilatedAttention\ndap.nothing.RingDilatedAttention\n"
+    )
+    text, left = migrated(source)
+    assert text == source
+    assert [(line, words.split(":")[0]) for line, words in left] == [
+        (2, "dap.RingDilatedAttention is an old name read from the package")
+    ]

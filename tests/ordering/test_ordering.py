@@ -9,7 +9,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dilated_attention_pytorch import HilbertOrdering, dilated_attention, hilbert_order, hilbert_order_from_coordinates
+from dilated_attention_pytorch import (
+    GlobalLocal,
+    HilbertOrdering,
+    LocalWindow,
+    dilated_attention,
+    hilbert_order,
+    hilbert_order_from_coordinates,
+    sparse_attention,
+)
 from dilated_attention_pytorch.ordering import ordering as module
 
 
@@ -122,6 +130,25 @@ def test_attention_under_an_ordering_is_attention_on_permuted_rows(shape, skip_f
     torch.testing.assert_close(
         ordering.invert(dilated_attention(*map(ordering.apply, leaves), *whole)), dilated_attention(*leaves, *whole)
     )
+
+
+@pytest.mark.parametrize("pattern", [LocalWindow(32, 16), GlobalLocal(16, 16, block_size=16)], ids=repr)
+def test_block_sparse_attention_under_an_ordering_sees_what_is_near_on_the_curve(pattern):
+    """Against dense attention on the rows as they are, under a mask written in places on the curve."""
+    ordering = HilbertOrdering((8, 16))
+    place = torch.empty(128, dtype=torch.int64).scatter_(0, hilbert_order(8, 16), torch.arange(128))
+    block = place // 16
+    near = (block[:, None] - block).abs() <= pattern.window // 16
+    if isinstance(pattern, GlobalLocal):
+        near |= (block[:, None] == 0) | (block == 0)
+    leaves = [normal(2, 128, 4, 8, dtype=torch.float64, seed=seed).requires_grad_() for seed in range(3)]
+    out = ordering.invert(sparse_attention(*map(ordering.apply, leaves), pattern))
+    q, k, v = (leaf.transpose(1, 2) for leaf in leaves)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    grad = normal(2, 128, 4, 8, dtype=torch.float64, seed=9)
+    for one, other in zip(*(torch.autograd.grad(o, leaves, grad) for o in (out, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_attention_with_padding_and_documents():

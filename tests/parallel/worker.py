@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_attention_pytorch import LongNetLM, LongNetLMConfig, dilated_attention_with_lse, explain
+from dilated_attention_pytorch import HilbertOrdering, LongNetLM, LongNetLMConfig, dilated_attention_with_lse, explain
 from dilated_attention_pytorch.parallel import ContextParallel, context
 from dilated_attention_pytorch.testing import Case
 
@@ -105,7 +105,22 @@ def repeat(mesh: DeviceMesh, case: Case, strategy: str) -> dict[str, object]:
     }
 
 
-TASKS = {"repeat": repeat, "attend": attend, "train": train}
+def under_ordering(mesh: DeviceMesh, shape: tuple[int, int], strategy: str, layout: str) -> dict[str, object]:
+    """Errors of attention under an ordering of the whole sequence, which is then sharded, beside one device's."""
+    torch.manual_seed(0)
+    ordering, parallel = HilbertOrdering(shape, skip_first=1), make(mesh, strategy, layout)
+    given = [torch.randn(1, ordering.rows, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    pattern, grad = ((16, 64), (1, 2)), torch.randn(1, ordering.rows, 4, 8, dtype=torch.float64)
+    alone = ordering.invert(dilated_attention_with_lse(*map(ordering.apply, given), *pattern).out)
+    expected = torch.autograd.grad(alone, given, grad)
+    leaves = [parallel.shard(ordering.apply(t.detach()), 1).requires_grad_() for t in given]
+    out, _ = dilated_attention_with_lse(*leaves, *pattern, parallel=parallel)
+    gradients = torch.autograd.grad(out, leaves, parallel.shard(ordering.apply(grad), 1))
+    found = [ordering.invert(parallel.unshard(t.detach(), 1)) for t in (out, *gradients)]
+    return {"errors": [float((a - b).abs().max()) for a, b in zip(found, (alone, *expected), strict=True)]}
+
+
+TASKS = {"repeat": repeat, "attend": attend, "train": train, "under_ordering": under_ordering}
 
 
 def main() -> None:

@@ -171,6 +171,8 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """
     from .vendor import KERNELS
 
+    if not isinstance(device, (str, torch.device)):
+        raise ValueError(f"device is {device!r}; give a name such as 'cuda', or a torch.device")
     kind = torch.device(device).type
     absent = {
         "sdpa": all(kernel.device != kind for kernel in KERNELS),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench_ordering import ordering
 from .bench_parallel import parallel
 from .errors import FAILED, INTERRUPTED, fail, one_line_errors
 from .problem import Batch, Causal, Dtype, HeadDim, Rates, Segments, integers, read_problem
@@ -54,6 +55,7 @@ def main() -> None:
 
 
 bench.command()(parallel)
+bench.command()(ordering)
 
 
 @dataclass

@@ -41,8 +41,8 @@ class BlockPatternName(StrEnum):
 
 
 def draw(
-    order: Annotated[Order, typer.Option(help="Order of the cells.")] = Order.hilbert,
-    shape: Annotated[str, typer.Option(help="Height and width of the grid, e.g. 32x32.")] = "32x32",
+    order: Annotated[Order | None, typer.Option(help="Order of the cells; by default hilbert.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Height and width of the grid; by default 32x32.")] = None,
     segment_length: Annotated[
         int | None, typer.Option(help="Cells of a segment; by default a sixteenth of the grid.")
     ] = None,
@@ -63,11 +63,11 @@ def draw(
             help="Rows of the pattern; by default the longest segment, or the most that fit; of blocks, 32 blocks."
         ),
     ] = None,
-    heads: Annotated[int, typer.Option(help="Heads of the pattern.")] = 4,
+    heads: Annotated[int | None, typer.Option(help="Heads of the pattern; by default 4.")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Attend only to rows at or before.")] = False,
-    head_offsets: Annotated[str, typer.Option(help="contiguous (torchscale's), or interleaved (the paper's).")] = (
-        "contiguous"
-    ),
+    head_offsets: Annotated[
+        str | None, typer.Option(help="contiguous (torchscale's, the default), or interleaved (the paper's).")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The PNG to write. By default order.png, or pattern.png of a pattern.")
     ] = None,
@@ -80,7 +80,13 @@ def draw(
     Needs matplotlib.
     """
     with one_line_errors():
-        one = segment_lengths is not None or dilation_rates is not None or pattern is not None
+        of_pattern = {
+            "--pattern": pattern, "--segment-lengths": segment_lengths, "--dilation-rates": dilation_rates,
+            "--length": length, "--heads": heads, "--causal": causal or None, "--head-offsets": head_offsets,
+        }  # fmt: skip
+        of_order = {"--order": order, "--shape": shape, "--segment-length": segment_length}
+        one = _is_pattern(of_pattern, of_order)
+        heads = 4 if heads is None else heads
         output = output or Path("pattern.png" if one else "order.png")
         if output.suffix not in ("", ".png"):
             raise ValueError(f"--output is {str(output)!r}; the picture is a PNG, give a name that ends in .png")
@@ -92,11 +98,26 @@ def draw(
             made = _block_pattern(pattern, parameters, segment_lengths, dilation_rates, head_offsets)
             notes = _draw_blocks(pattern.value, made, length, heads, causal, output)
         elif one:
-            notes = _draw_pattern(segment_lengths, dilation_rates, length, heads, causal, head_offsets, output)
+            offsets = head_offsets or "contiguous"
+            notes = _draw_pattern(segment_lengths, dilation_rates, length, heads, causal, offsets, output)
         else:
-            notes = _draw_order(order, shape, segment_length, output)
+            notes = _draw_order(order or Order.hilbert, shape or "32x32", segment_length, output)
     for line in (*notes, f"wrote {output}"):
         typer.echo(line)
+
+
+def _is_pattern(of_pattern: dict[str, Any], of_order: dict[str, Any]) -> bool:
+    """Whether the options ask for a pattern, not for an order; ValueError where they ask for both, or half of one."""
+    pattern, order = ([name for name, value in given.items() if value is not None] for given in (of_pattern, of_order))
+    if pattern and order:
+        raise ValueError(
+            f"{', '.join(order)} draws the order of a grid, {', '.join(pattern)} a pattern; a picture has one of them"
+        )
+    if pattern and not {"--pattern", "--segment-lengths", "--dilation-rates"} & set(pattern):
+        raise ValueError(
+            f"{', '.join(pattern)} goes with a pattern; give --segment-lengths and --dilation-rates, or --pattern, too"
+        )
+    return bool(pattern)
 
 
 def _draw_order(order: Order, shape: str, segment_length: int | None, output: Path) -> list[str]:
@@ -138,11 +159,17 @@ def _draw_pattern(
     seen = pattern_picture.attended(pattern, rows=rows, heads=heads, is_causal=causal)
     title = f"{rows:,} rows, {heads} heads{', causal' if causal else ''}, {offsets} offsets"
     replace_file(output, [pattern_picture.picture(pattern, seen, title=title)])
-    return pattern_picture.coverage(seen)
+    notes = pattern_picture.coverage(seen)
+    if rows < (longest := max(pattern.segment_lengths)):
+        notes.append(
+            f"the longest segment has {longest:,} rows; the picture, like the figures, has the first {rows:,} of them "
+            f"(at most {pattern_picture.MOST_ROWS}); to see all of a pattern, divide its segment lengths by one number"
+        )
+    return notes
 
 
 def _block_pattern(
-    name: BlockPatternName, parameters: str | None, segments: str | None, rates: str | None, offsets: str
+    name: BlockPatternName, parameters: str | None, segments: str | None, rates: str | None, offsets: str | None
 ) -> Any:
     """The pattern that the options describe."""
     from typing import cast
@@ -152,7 +179,11 @@ def _block_pattern(
 
     given = _assignments(parameters or "")
     if name is not BlockPatternName.dilated_blocks:
-        for option, value in (("--segment-lengths", segments), ("--dilation-rates", rates)):
+        for option, value in (
+            ("--segment-lengths", segments),
+            ("--dilation-rates", rates),
+            ("--head-offsets", offsets),
+        ):
             if value is not None:
                 raise ValueError(f"{option} goes with --pattern dilated-blocks, not with {name.value}; leave it out")
         return get_pattern(name.value, **given)
@@ -164,7 +195,7 @@ def _block_pattern(
         raise ValueError(f"--parameters has {', '.join(given)}; dilated-blocks takes block_size alone")
     return DilatedBlocks(
         integers("--segment-lengths", segments), integers("--dilation-rates", rates), block_size,
-        cast(HeadOffsets, offsets),
+        cast(HeadOffsets, offsets or "contiguous"),
     )  # fmt: skip
 
 

@@ -30,7 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def one_line_errors(*, hint: str = "") -> Iterator[None]:
-    """Turn a ValueError into exit code 2, a refusing disk or lack of memory into 1 and the ``hint``."""
+    """Turn a ValueError or a path that is not there into exit code 2, a refusing disk or lack of memory into 1.
+
+    The ``hint`` goes with the latter.
+    """
     try:
         yield
     except ValueError as error:
@@ -39,7 +42,10 @@ def one_line_errors(*, hint: str = "") -> Iterator[None]:
         raise fail(str(error), FAILED) from None
     except OSError as error:
         where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
-        raise fail(f"{where}{error.strerror or error}{hint and '; ' + hint}", FAILED) from None
+        text = f"{where}{error.strerror or error}"
+        if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+            raise fail(text, WRONG_INPUT) from None
+        raise fail(f"{text}{hint and '; ' + hint}", FAILED) from None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):  # a defect
             raise

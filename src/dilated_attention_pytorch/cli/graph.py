@@ -26,24 +26,27 @@ def graph(
         from rich.console import Console
         from rich.table import Table
 
-        from ..compat.graph import as_svg, old_name_edges, package_edges
+        from ..compat.graph import OldNames, as_svg, old_names_of, package_edges
         from ..training.files import replace_file
 
-        failed: list[tuple[Path, int, str]] = []
+        found: OldNames | None = None
         if path is None:
             edges = package_edges(Path(__file__).parents[1])
             title, columns = "imports of dilated_attention_pytorch", ("part", "imports")
         else:
-            edges, failed = old_name_edges(path)
+            found = old_names_of(path)
+            edges = found.edges
             title, columns = f"old names in {path}", ("file", "uses")
         table = Table(*columns, title=title)
         for source, targets in edges.items():
             listed = ", ".join(f"{target} {count}" for target, count in sorted(targets.items()))
             table.add_row(source, listed or "nothing")
         Console().print(table)
-        for file, line, text in failed:
-            typer.echo(f"{file}:{line}: does not parse: {text}")
-        if path is not None:
+        if found is not None:
+            for file, line, text in found.failed:
+                typer.echo(f"{file}:{line}: does not parse: {text}")
+            for file, line, name in found.unknown:
+                typer.echo(f"{file}:{line}: unknown name {name}: neither this package nor an earlier one has it")
             names = {target for targets in edges.values() for target in targets}
             typer.echo(f"{len(edges)} files use {len(names)} old names")
         if svg is not None:

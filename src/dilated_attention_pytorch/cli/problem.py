@@ -56,6 +56,8 @@ def read_problem(
     from .. import DilatedPattern
     from ..training import parse_device
 
+    if length < 1:
+        raise ValueError(f"the length of the sequence is {length}; give at least 1")
     if (segments is None) != (rates is None):
         raise ValueError("one of --segments and --rates is given; give both, or neither for LongNet's rule")
     if segments is None or rates is None:
@@ -80,3 +82,11 @@ def integers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name} is {text!r}; give integers with commas between, e.g. 2048,4096") from None
+
+
+def grid_shape(name: str, text: str) -> tuple[int, ...]:
+    """``64x64`` or ``16x16x16`` as sizes, each at least 1."""
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"{name} is {text!r}; give height and width of a grid, or depth, height and width, e.g. 64x64")
+    return tuple(map(int, parts))

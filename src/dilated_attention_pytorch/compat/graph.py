@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 from . import PACKAGE
-from .migration.uses import python_files, uses_in
+from .migration.uses import python_files, unknown_in, uses_in
 
 Edges = dict[str, dict[str, int]]
 """From whom -> to whom -> how often."""
@@ -57,17 +58,31 @@ def _parts(node: ast.AST, folder: tuple[str, ...]) -> Iterable[str]:
     return {name[1] for name in names if len(name) > 1 and name[0] == package}
 
 
-def old_name_edges(root: Path) -> tuple[Edges, list[tuple[Path, int, str]]]:
-    """Which files at or below ``root`` use which old names, and the files that do not parse.
+@dataclass(frozen=True)
+class OldNames:
+    """What a code base uses of earlier libraries."""
+
+    edges: Edges
+    """Files, from the root, to old names."""
+    unknown: list[tuple[Path, int, str]]
+    """What is imported by the package's name and neither it nor an earlier library has: file, line, path."""
+    failed: list[tuple[Path, int, str]]
+    """Files that do not parse: file, line, reason."""
+
+
+def old_names_of(root: Path) -> OldNames:
+    """Which files at or below ``root`` use which old names.
 
     Raises:
         ValueError: there is nothing at ``root``.
     """
     edges: Edges = {}
-    failed = []
+    unknown, failed = [], []
     for path in python_files(root):
         try:
-            uses = uses_in(path.read_bytes())
+            source = path.read_bytes()
+            uses = uses_in(source)
+            unknown += [(path, line, name) for line, name in unknown_in(source)]
         except (SyntaxError, ValueError) as error:
             failed.append((path, getattr(error, "lineno", None) or 1, str(getattr(error, "msg", error))))
             continue
@@ -75,7 +90,7 @@ def old_name_edges(root: Path) -> tuple[Edges, list[tuple[Path, int, str]]]:
             name = ".".join(part for part in (use.module, use.name) if part)
             found = edges.setdefault(str(path.relative_to(root) if path != root else path.name), {})
             found[name] = found.get(name, 0) + 1
-    return edges, failed
+    return OldNames(edges, unknown, failed)
 
 
 def layers(edges: Mapping[str, Mapping[str, int]]) -> list[list[str]]:

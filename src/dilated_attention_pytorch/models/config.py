@@ -162,6 +162,13 @@ class LongNetLMConfig:
         return cls.from_dict({**PRESETS[name], **overrides})
 
 
+def check_config(config: object, kind: type) -> None:
+    """Raise ValueError unless ``config`` is one of ``kind``."""
+    if not isinstance(config, kind):
+        given = config.__name__ if isinstance(config, type) else f"of type {type(config).__name__}"
+        raise ValueError(f"config is {given}; give an instance of {kind.__name__}")
+
+
 def check_count(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

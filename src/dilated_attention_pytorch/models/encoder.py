@@ -15,6 +15,7 @@ from ..merge import accumulator_dtype
 from ..modules import DilatedAttention
 from ..ordering import HilbertOrdering
 from .blocks import Documents, Factory
+from .config import check_config
 from .encoder_config import LongNetEncoderConfig
 from .pointwise import Stream, add_norm_linear, norm_linear
 from .xpos import XPos, XPosTables, apply_xpos, centred_positions
@@ -175,6 +176,7 @@ class LongNetEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_config(config, LongNetEncoderConfig)
         factory = Factory(device=device, dtype=dtype)
         self.config = config
         self.dropout = nn.Dropout(config.dropout)

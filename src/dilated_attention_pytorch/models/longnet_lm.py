@@ -22,7 +22,7 @@ from .blocks import (
     NgramEmbedding,
     make_norm,
 )
-from .config import LongNetLMConfig
+from .config import LongNetLMConfig, check_config
 from .generation import Prompts, Sampling, stream_tokens
 from .model_cache import ModelCache
 from .rope import document_positions, rotary_tables
@@ -55,6 +55,7 @@ class LongNetLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_config(config, LongNetLMConfig)
         factory = Factory(device=device, dtype=dtype)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim, **factory)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..merge import accumulator_dtype
 from ..ordering import Curve, HilbertOrdering, checked_curve, grid_ordering
 from ..types import MixingGrad, Padding
+from .config import check_config
 from .encoder import LongNetEncoder
 from .encoder_config import LongNetEncoderConfig
 from .front_ends import ImageEmbedding, TileEmbedding
@@ -62,6 +63,9 @@ class LongNetViT(nn.Module):
         ordering: Curve | None = None,
     ) -> None:
         super().__init__()
+        check_config(config, LongNetEncoderConfig)
+        if not isinstance(patch_embed, (ImageEmbedding, TileEmbedding)):
+            raise ValueError(f"patch_embed is {patch_embed!r}; give an ImageEmbedding or a TileEmbedding")
         width = config.embed_dim
         if patch_embed.embed_dim != width:
             raise ValueError(f"patch_embed is {patch_embed.embed_dim} wide, the encoder {width}; give both one width")

@@ -61,7 +61,11 @@ def recommend_ordering(*shape: int, segment_lengths: Sequence[int], is_causal: b
     'raster'
     """
     sizes = checked_shape(shape)
-    if not segment_lengths or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in segment_lengths):
+    if (
+        not isinstance(segment_lengths, Sequence)
+        or not segment_lengths
+        or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in segment_lengths)
+    ):
         raise ValueError(f"segment_lengths is {segment_lengths!r}; give integers of at least 1")
     if is_causal or math.prod(sizes) < _FEWEST_CELLS:
         return "raster"

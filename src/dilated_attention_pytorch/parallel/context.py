@@ -84,6 +84,8 @@ class ContextParallel:
     _planned: OrderedDict[Any, _Planned] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, DeviceMesh):
+            raise ValueError(f"mesh is {self.mesh!r}; give a DeviceMesh, as torch.distributed's init_device_mesh makes")
         check_strategy(self.strategy, self.layout, self.across, self.mesh.ndim)
         self.ranks = Ranks(self.mesh)
         self.rank, self.world = self.ranks.rank, self.mesh.size()

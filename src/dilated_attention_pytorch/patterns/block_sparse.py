@@ -158,14 +158,12 @@ class DilatedBlocks:
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
-        if isinstance(self.segment_lengths, (list, tuple)):
-            for length in self.segment_lengths:
+        lengths = self.segment_lengths
+        if isinstance(lengths, (list, tuple)):
+            for length in lengths:
                 check_whole_blocks("segment length", length, self.block_size, 1)
-        pattern = DilatedPattern(
-            tuple(length // self.block_size for length in self.segment_lengths),
-            tuple(self.dilation_rates),
-            self.head_offsets,
-        )
+            lengths = tuple(length // self.block_size for length in lengths)
+        pattern = DilatedPattern(lengths, self.dilation_rates, self.head_offsets)
         object.__setattr__(self, "segment_lengths", tuple(self.segment_lengths))
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
         attach(self)

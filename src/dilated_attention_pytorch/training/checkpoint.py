@@ -197,7 +197,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
     except OSError:
-        raise CheckpointError(f"{foreign}: it has no {_MANIFEST}") from None
+        missing = f"it has no {_MANIFEST}" if folder.exists() else "there is nothing of this name"
+        raise CheckpointError(f"{foreign}: {missing}") from None
     except ValueError:
         raise CheckpointError(f"checkpoint {str(folder)!r} is damaged: {_MANIFEST} is no JSON") from None
     try:

@@ -14,7 +14,7 @@ from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvide
 from .. import KEPT, PACKAGE
 from ..table import OldName, load
 from .calls import NEW_CLASS, Argument, NewArgument, Undecided, rewritten
-from .uses import below_package, is_old_module, is_real_name
+from .uses import below_package, is_old_module, is_real_name, only_listed
 
 _OLD_OF_OWN = {"DilatedAttention": "dilated_attention", "MultiheadDilatedAttention": "dilated_attention"}
 """Names that the old package had at its top, as this one has: the module that says which arguments they took."""
@@ -56,8 +56,8 @@ def rewrite(source: bytes) -> tuple[bytes, Findings]:
     wrapper = MetadataWrapper(cst.parse_module(source), unsafe_skip_copy=True)
     collector = _Collector(wrapper)
     wrapper.visit(collector)
-    findings = Findings()
-    if not collector.names and not collector.modules and not collector.others:
+    findings = Findings(left=only_listed(source))
+    if not collector.names and not collector.modules and not collector.others and not collector.has_unknown:
         return source, findings
     for name in (name for names in collector.names.values() for name in names):
         if name.own:
@@ -110,6 +110,8 @@ class _Collector(cst.CSTVisitor):
         self.used: set[str] = set()
         """Names of new classes that the file uses for things of its own."""
         self.own: set[str] = set()
+        self.has_unknown = False
+        """Whether an old module is asked for a name that it never had."""
         self._mentions: list[tuple[cst.Name, cst.CSTNode]] = []
         self._strings: list[tuple[int, str]] = []
 
@@ -135,8 +137,8 @@ class _Collector(cst.CSTVisitor):
                 self.names.setdefault(local, []).append(_Name(local, entry, self.line(alias)))
             elif is_old_module(f"{below}.{name}".strip(".")) and not is_real_name(below, name):
                 self.others.append((self.line(alias), f"the old module {name} is imported"))
-            elif is_old_module(below):
-                self.others.append((self.line(alias), f"{below} never had {name}, or it was private"))
+            else:
+                self.has_unknown |= is_old_module(below)
         return False
 
     def visit_Import(self, node: cst.Import) -> bool:

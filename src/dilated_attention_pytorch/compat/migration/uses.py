@@ -79,8 +79,82 @@ def uses_in(source: str | bytes) -> list[Use]:
     >>> uses_in("from dilated_attention_pytorch.long_net import LongNet as Net")
     [Use(line=1, module='long_net', name='LongNet', local='Net')]
     """
-    table = load()
-    return sorted(use for node in ast.walk(ast.parse(source)) for use in _uses(node, table))
+    table, tree = load(), ast.parse(source)
+    return sorted({use for node in ast.walk(tree) for use in _uses(node, table)} | set(_through_package(tree, table)))
+
+
+def unknown_in(source: str | bytes) -> list[tuple[int, str]]:
+    """(line, path) of what a source imports by this package's name and neither it nor an earlier library has.
+
+    Modules that need something that is not installed here count as having every name.
+
+    Raises:
+        SyntaxError: it does not parse.
+
+    >>> unknown_in("from dilated_attention_pytorch import dilated_attention, dilated_attentoin")
+    [(1, 'dilated_attention_pytorch.dilated_attentoin')]
+    """
+    return sorted({found for node in ast.walk(ast.parse(source)) for found in _unknown(node)})
+
+
+def only_listed(source: bytes) -> list[tuple[int, str]]:
+    """What stays as it is: names that nothing has, and old ones that are not imported but read from the package."""
+    found = [
+        (line, f"unknown name {path}: neither this package nor an earlier one has it")
+        for line, path in unknown_in(source)
+    ]
+    for use in uses_in(source):
+        if not use.module and use.local == f"{use.local.split('.')[0]}.{use.name}":
+            entry = load().by_path["", use.name]
+            found.append((use.line, f"{use.local} is an old name read from the package: use {entry.use}"))
+    return found
+
+
+def _unknown(node: ast.AST) -> Iterator[tuple[int, str]]:
+    if isinstance(node, ast.ImportFrom) and not node.level and (below := below_package(node.module)) is not None:
+        for alias in node.names:
+            exists = _module_exists(below) if alias.name == "*" else _exists(below, alias.name)
+            if not exists:
+                yield node.lineno, ".".join(part for part in (PACKAGE, below, alias.name.strip("*")) if part)
+    elif isinstance(node, ast.Import):
+        for alias in node.names:
+            if (below := below_package(alias.name)) and not _module_exists(below):
+                yield node.lineno, f"{PACKAGE}.{below}"
+
+
+@cache
+def _module_exists(below: str) -> bool:
+    try:
+        return not below or is_old_module(below) or util.find_spec(f"{PACKAGE}.{below}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _exists(below: str, name: str) -> bool:
+    if (below, name) in load().by_path or _module_exists(f"{below}.{name}".strip(".")):
+        return True
+    if is_old_module(below) or not _module_exists(below):
+        return False
+    try:
+        return is_real_name(below, name)
+    except ImportError:
+        return True
+
+
+def _through_package(tree: ast.AST, table: Table) -> Iterator[Use]:
+    """Old names of the package itself, used as its attributes: ``package.OldName``."""
+    local = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == PACKAGE
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in local:
+            path = f"{node.value.id}.{node.attr}"
+            if ("", node.attr) in table.by_path and not is_real_name("", node.attr):
+                yield Use(node.lineno, "", node.attr, path)
 
 
 def _uses(node: ast.AST, table: Table) -> Iterator[Use]:
@@ -96,8 +170,6 @@ def _uses(node: ast.AST, table: Table) -> Iterator[Use]:
                 yield Use(node.lineno, below, alias.name, local)
             elif is_old_module(submodule) and not is_real_name(below, alias.name):
                 yield Use(node.lineno, submodule, "", local)
-            elif old_module:
-                yield Use(node.lineno, below, alias.name, local)
     elif isinstance(node, ast.Import):
         for alias in node.names:
             below = below_package(alias.name)
