@@ -7,8 +7,8 @@ The text is the Python source of the standard library and of the installed packa
 
 - dense: one segment of the whole context at rate 1;
 - longnet: segments from a sixteenth of the context to all of it, doubling, at rates 1, 2, 4, 4, 4;
-- segments: a local window as segments at rate 1, at the work of longnet at the longest context;
-- window: a sliding window, `LocalWindow` in place of the dilated pattern, at the same work.
+- window: a sliding window, `LocalWindow` in place of the dilated pattern, at the work of longnet at the longest
+  context.
 
 All are measured on the same bytes, windows of the longest context inside held-out files. A model trained at a shorter
 context sees at most that many bytes, and at least half of them wherever there are as many. `language_report.py` makes
@@ -25,9 +25,11 @@ import statistics
 import sysconfig
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from dilated_attention_pytorch.training.config import RunConfig, TrainingConfig
 from dilated_attention_pytorch.training.corpus import Corpus, open_packed, pack
 from dilated_attention_pytorch.training.evaluate import BITS, bits_by_position, curve_positions
 from dilated_attention_pytorch.training.loop import Trainer
-from dilated_attention_pytorch.training.sources import Source, text_size
+from dilated_attention_pytorch.training.sources import Source
 from dilated_attention_pytorch.training.windows import held_out_windows
 
 
@@ -95,16 +97,12 @@ def variants(scale: Scale) -> list[Variant]:
     """Everything that is compared."""
     found = [Variant("dense", context, DilatedPattern((context,), (1,))) for context in scale.contexts]
     found += [Variant("longnet", context, longnet(context, scale)) for context in scale.contexts]
-    longest, sizes = scale.longest, range(scale.block, scale.longest, scale.block)
-    work = attention_flops(found[-1], scale)
-    local = [Variant("segments", longest, DilatedPattern((size,), (1,))) for size in sizes]
-    sliding = [Variant("window", longest, found[0].pattern, LocalWindow(size, scale.block)) for size in sizes]
-    for choices in (local, sliding):  # work grows with the size
-        low, high = 0, len(choices) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if attention_flops(choices[middle], scale) < work else (low, middle)
-        found.append(min(choices[max(0, low - 1) : low + 1], key=lambda v: abs(attention_flops(v, scale) - work)))
+    work, pattern = attention_flops(found[-1], scale), found[0].pattern
+    sizes = range(scale.block, scale.longest, scale.block)
+    choices = [Variant("window", scale.longest, pattern, LocalWindow(size, scale.block)) for size in sizes]
+    above = bisect_left(choices, work, key=lambda choice: attention_flops(choice, scale))
+    near = choices[max(0, above - 1) : above + 1]
+    found.append(min(near, key=lambda choice: abs(attention_flops(choice, scale) - work)))
     return found
 
 
@@ -131,20 +129,27 @@ def code_sources(scale: Scale) -> list[Source]:
     total = 0
     for folder in (Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())):
         for path in sorted(folder.rglob("*.py")):
-            try:
-                if path.stat().st_size > scale.largest_file:
-                    continue
-                size, content = text_size(path), hashlib.sha256(path.read_bytes()).digest()
-            except (ValueError, OSError):  # no text, or a link to nothing
+            if not path.is_file() or path.stat().st_size > scale.largest_file:
                 continue
-            if content in seen:
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).digest()
+            if digest in seen or not is_text(content):
                 continue
-            seen.add(content)
-            found.append(Source(f"{folder.name}/{path.relative_to(folder).as_posix()}", path, size))
-            total += size
+            seen.add(digest)
+            found.append(Source(f"{folder.name}/{path.relative_to(folder).as_posix()}", path, len(content)))
+            total += len(content)
             if total >= scale.most_text:
                 return found
     return found
+
+
+def is_text(content: bytes) -> bool:
+    """Whether a file with this content can be trained on: UTF-8, not empty, without a NUL byte."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return bool(content) and b"\0" not in content
 
 
 class Records:
@@ -242,10 +247,16 @@ def measure(trainer: Trainer, variant: Variant, scale: Scale, windows: Tensor) -
     }
 
 
+@cache
+def opened(packed: Path) -> Corpus:
+    """The packed text, checked once a process."""
+    return open_packed(packed)
+
+
 def run(job: tuple[Variant, Scale, int, int, Path, str]) -> dict[str, Any]:
     """Train and measure one model: (variant, scale, seed, steps, folder of the packed text, device)."""
     variant, scale, seed, steps, packed, device = job
-    corpus = open_packed(packed)
+    corpus = opened(packed)
     windows = held_out_windows(corpus, context_length=scale.longest, count=scale.windows)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -264,21 +275,25 @@ def run(job: tuple[Variant, Scale, int, int, Path, str]) -> dict[str, Any]:
     }
 
 
-def step_milliseconds(variant: Variant, scale: Scale, corpus: Corpus, device: torch.device, steps: int) -> float:
-    """Median time of a training step, with nothing else on the device."""
+def bytes_per_second(variant: Variant, scale: Scale, corpus: Corpus, device: torch.device, steps: int) -> float:
+    """Of training, by the median step, with nothing else on the device.
+
+    A step is of four times as many bytes as in the runs, so that the device and not the host sets the pace.
+    """
+    scale = replace(scale, step_bytes=4 * scale.step_bytes)
     with tempfile.TemporaryDirectory() as folder:
         _, records = train(variant, scale, corpus, seed=0, steps=steps, device=device, folder=Path(folder))
     ends = [record["seconds"] for record in records]
-    return 1e3 * statistics.median(b - a for a, b in pairwise(ends[steps // 3 :]))
+    return scale.step_bytes / statistics.median(b - a for a, b in pairwise(ends[steps // 3 :]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2, help="runs at one time on the device")
-    parser.add_argument("--timed-steps", type=int, default=18, help="steps of the runs that are timed alone")
+    parser.add_argument("--processes", type=int, default=3, help="runs at one time on the device")
+    parser.add_argument("--timed-steps", type=int, default=12, help="steps of the runs that are timed alone")
     parser.add_argument("--small", action="store_true", help="tiny models on little text, to see that it runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/language.json")
     given = parser.parse_args(arguments)
@@ -299,22 +314,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "fingerprint": corpus.fingerprint,
         }
         for variant in compared:
-            milliseconds = step_milliseconds(variant, scale, corpus, torch.device(device), given.timed_steps)
             results["variants"][variant.name] = {
                 "kind": variant.kind,
                 "context": variant.context,
                 "pattern": repr(variant.window or variant.pattern),
                 "attention_flops_per_byte": attention_flops(variant, scale),
-                "step_milliseconds": milliseconds,
             }
-            print(variant.name, results["variants"][variant.name], flush=True)
-        jobs = [
-            (variant, scale, seed, given.steps, packed, device) for seed in range(given.seeds) for variant in compared
-        ]
+        # Long contexts first: they take longest, and the last runs should end together.
+        ordered = sorted(compared, key=lambda variant: -variant.context)
+        jobs = [(v, scale, seed, given.steps, packed, device) for seed in range(given.seeds) for v in ordered]
         for found in results_of(jobs, given.processes):
             results["runs"].append(found)
             save(given.output, results, quiet=True)  # what is done is kept, whatever happens to the rest
             print({key: value for key, value in found.items() if not isinstance(value, (list, dict))}, flush=True)
+        for variant in compared:  # last, when kernels are compiled and no other process uses the device
+            speed = bytes_per_second(variant, scale, corpus, torch.device(device), given.timed_steps)
+            results["variants"][variant.name]["bytes_per_second"] = speed
+            save(given.output, results, quiet=True)
+            print(f"{variant.name}: {speed:,.0f} bytes a second", flush=True)
 
 
 def results_of(jobs: Sequence[tuple[Variant, Scale, int, int, Path, str]], processes: int) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,6 @@ MEASURES = ("bits_per_byte", "bits_second_half", "own_context_bits")
 KINDS = {
     "dense": "dense",
     "longnet": "LongNet",
-    "segments": "local segments",
     "window": "sliding window",
 }
 
@@ -68,13 +67,18 @@ def table(results: dict[str, Any]) -> str:
     variants, found = results["variants"], summary(results)
     dense = variants[f"dense-{max(results['scale']['contexts'])}"]["attention_flops_per_byte"]
     lines = [
-        "| model, context | attention MFLOP a byte | of dense | ms a step | bits per byte | over dense at the longest "
-        "| second half of the windows | over dense |",
+        "| model, context | attention, MFLOP a byte | of dense's at the longest | training, MB/s | bits per byte "
+        "| over dense at the longest | second half of the windows | over dense |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, variant in variants.items():
         entry, flops = found[name], variant["attention_flops_per_byte"]
-        cells = [label(variant), f"{flops / 1e6:.2f}", f"{flops / dense:.1%}", f"{variant['step_milliseconds']:.1f}"]
+        cells = [
+            label(variant),
+            f"{flops / 1e6:.2f}",
+            f"{flops / dense:.1%}",
+            f"{variant['bytes_per_second'] / 1e6:.2f}",
+        ]
         for key in MEASURES[:2]:
             cells.append(f"{entry[key]:.4f} ± {entry[f'{key}_error']:.4f}")
             cells.append(f"{entry[f'{key}_percent']:+.2f} ± {entry[f'{key}_percent_error']:.2f} %")
@@ -120,10 +124,11 @@ def draw(results: dict[str, Any]) -> bytes:
         errors = [found[name]["bits_second_half_error"] for name in mine]
         style = {"color": COLORS[n], "marker": MARKERS[n], "capsize": 3, "label": words}
         work.errorbar([v["attention_flops_per_byte"] for v in mine.values()], bits, yerr=errors, **style)
-        time.errorbar([v["step_milliseconds"] for v in mine.values()], bits, yerr=errors, **style)
-        for axes, key in ((work, "attention_flops_per_byte"), (time, "step_milliseconds")):
-            for v, height in zip(mine.values(), bits, strict=True):
-                axes.annotate(short(v["context"]), (v[key], height), xytext=(5, 5), textcoords="offset points")
+        time.errorbar([v["bytes_per_second"] / 1e6 for v in mine.values()], bits, yerr=errors, **style)
+        for v, height in zip(mine.values(), bits, strict=True):
+            places = (work, v["attention_flops_per_byte"]), (time, v["bytes_per_second"] / 1e6)
+            for axes, across in places:
+                axes.annotate(short(v["context"]), (across, height), xytext=(5, 5), textcoords="offset points")
         edges = edges_of(longest)
         middles = [math.sqrt(low * high) if low else high / 2 for low, high in pairwise(edges)]
         means, errors = curve(results, f"{kind}-{longest}", "bits_by_position")
@@ -133,7 +138,7 @@ def draw(results: dict[str, Any]) -> bytes:
     position.errorbar(middles, means, yerr=errors, color="#888888", linestyle=":", label=f"dense, {short(shortest)}")
     work.set(xlabel="operations of attention a byte, forward (log scale)", ylabel="bits per byte, second half of 32K")
     work.set_xscale("log")
-    time.set(xlabel="milliseconds of a training step")
+    time.set(xlabel="megabytes a second in training")
     position.set(xlabel="position in the window (bytes, log scale)", ylabel="bits per byte")
     position.set_xscale("log", base=2)
     position.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
