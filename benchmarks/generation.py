@@ -1,10 +1,10 @@
 """A step of generation after contexts of 4K to 256K tokens: its time, the bytes of the cache, the kernels it launches.
 
-    python benchmarks/generation.py [--preset base] [--contexts 4096,...] [--steps 20] [--rounds 5] [--output FILE]
+    python benchmarks/generation.py [--preset base] [--contexts 4096,...] [--steps 60] [--output FILE]
 
-All contexts are filled first and then take turns, ``--rounds`` times ``--steps`` steps each, so that drift of the
-machine meets all alike. They end where the last step of a context fills its segments, which is when a step reads most.
-Weights are random: they change neither what is read nor when.
+All contexts are filled first and then take turns, one step each, so that drift of the machine meets all alike. They end
+where the last step of a context fills its segments, which is when a step reads most. Weights are random: they change
+neither what is read nor when.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def launches(model: LongNetLM, cache: ModelCache, token: Tensor) -> dict[str, An
     }
 
 
-def measure(model: LongNetLM, contexts: Sequence[int], *, steps: int, rounds: int) -> dict[str, Any]:
+def measure(model: LongNetLM, contexts: Sequence[int], *, steps: int) -> dict[str, Any]:
     """What the module's docstring says, for every context."""
-    taken = steps * rounds + 2 + model.embedding.weight.is_cuda  # two to warm up, one to profile
+    taken = steps + 2 + model.embedding.weight.is_cuda  # two to warm up, one to profile
     states = {context: filled(model, context - taken) for context in contexts}
     times: dict[int, list[float]] = {context: [] for context in contexts}
     counted: dict[int, dict[str, Any]] = {}
@@ -74,11 +74,10 @@ def measure(model: LongNetLM, contexts: Sequence[int], *, steps: int, rounds: in
         states[context] = cache, token
         if token.is_cuda:
             counted[context] = launches(model, cache, token)
-    for _ in range(rounds):
+    for _ in range(steps):
         for context, (cache, token) in states.items():
-            for _ in range(steps):
-                token, seconds = step(model, cache, token)
-                times[context].append(seconds)
+            token, seconds = step(model, cache, token)
+            times[context].append(seconds)
             states[context] = cache, token
     config = model.config
     width = 2 * config.kv_heads * config.head_dim * model.embedding.weight.itemsize
@@ -107,8 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--contexts", default=",".join(str(4096 << n) for n in range(7)))
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/generation.json")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     model = LongNetLM(LongNetLMConfig.preset(given.preset), device=device, dtype=dtype).eval()
     contexts = [int(context) for context in given.contexts.split(",")]
-    results = measure(model, contexts, steps=given.steps, rounds=given.rounds)
+    results = measure(model, contexts, steps=given.steps)
     save(given.output, {"preset": given.preset, "dtype": str(dtype), **results})
 
 

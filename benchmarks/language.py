@@ -1,6 +1,6 @@
 """Bits per byte of equal language models on source code, by pattern and context, and what their attention costs.
 
-    python benchmarks/language.py [--steps 250] [--seeds 3] [--processes 2] [--small] [--output FILE]
+    python benchmarks/language.py [--steps 200] [--seeds 3] [--processes 3] [--small] [--output FILE]
 
 The text is the Python source of the standard library and of the installed packages, split by file. All models are
 `LongNetLM` with as many parameters, trained by `dilated_attention_pytorch.training` on as many steps of as many bytes:
@@ -27,7 +27,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -124,22 +124,23 @@ def code_sources(scale: Scale) -> list[Source]:
 
     Files above ``largest_file``, mostly tables that a program wrote, are left out.
     """
+    folders = (Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages()))
+    files = [(folder, path) for folder in folders for path in sorted(folder.rglob("*.py")) if path.is_file()]
     found: list[Source] = []
     seen: set[bytes] = set()
     total = 0
-    for folder in (Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())):
-        for path in sorted(folder.rglob("*.py")):
-            if not path.is_file() or path.stat().st_size > scale.largest_file:
-                continue
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).digest()
-            if digest in seen or not is_text(content):
-                continue
-            seen.add(digest)
-            found.append(Source(f"{folder.name}/{path.relative_to(folder).as_posix()}", path, len(content)))
-            total += len(content)
-            if total >= scale.most_text:
-                return found
+    with ThreadPoolExecutor(16) as pool:
+        for batch in range(0, len(files), 1024):  # not all files of a small run
+            some = files[batch : batch + 1024]
+            for (folder, path), content in zip(some, pool.map(lambda f: f[1].read_bytes(), some), strict=True):
+                digest = hashlib.sha256(content).digest()
+                if len(content) > scale.largest_file or digest in seen or not is_text(content):
+                    continue
+                seen.add(digest)
+                found.append(Source(f"{folder.name}/{path.relative_to(folder).as_posix()}", path, len(content)))
+                total += len(content)
+                if total >= scale.most_text:
+                    return found
     return found
 
 
@@ -215,7 +216,11 @@ def position_edges(length: int) -> list[int]:
 
 
 def measure(trainer: Trainer, variant: Variant, scale: Scale, windows: Tensor) -> dict[str, Any]:
-    """Bits per byte of ``windows (W, longest + 1)``; see the module's docstring for what a model sees."""
+    """Bits per byte of ``windows (W, longest + 1)``; see the module's docstring for what a model sees.
+
+    Besides, of every fourth window: "own_context", cut into contexts of the model's length, and "restricted", of a
+    model of the longest context that is shown less.
+    """
 
     def bits(given: Tensor, context: int | None) -> Tensor:
         return bits_by_position(
@@ -224,19 +229,18 @@ def measure(trainer: Trainer, variant: Variant, scale: Scale, windows: Tensor) -
         )  # fmt: skip
 
     length, context = scale.longest, variant.context
-    whole = bits(windows, None if context == length else context)
-    own = whole
-    if context < length:  # every window cut into contexts of the model's own, each from its first byte on
-        parts = [windows[:, start : start + context + 1] for start in range(0, length, context)]
+    whole, few = bits(windows, None if context == length else context), windows[::4]
+    own = whole[::4]
+    if context < length:  # windows cut into contexts of the model's own, each from its first byte on
+        parts = [few[:, start : start + context + 1] for start in range(0, length, context)]
         own = bits(torch.stack(parts).flatten(0, 1), None)
-    few = windows[::4]
     restricted = {
         str(shorter): float(bits(few, shorter)[:, length // 2 :].double().mean())
         for shorter in scale.contexts
         if context == length and shorter < length
     }
     if restricted:
-        restricted[str(length)] = float(whole[::4, length // 2 :].double().mean())
+        restricted[str(length)] = float(own[:, length // 2 :].double().mean())
     return {
         "bits_per_byte": float(whole.double().mean()),
         "bits_second_half": float(whole[:, length // 2 :].double().mean()),
@@ -260,9 +264,12 @@ def run(job: tuple[Variant, Scale, int, int, Path, str]) -> dict[str, Any]:
     windows = held_out_windows(corpus, context_length=scale.longest, count=scale.windows)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer, records = train(
-            variant, scale, corpus, seed=seed, steps=steps, device=torch.device(device), folder=Path(folder)
-        )
+        try:
+            trainer, records = train(
+                variant, scale, corpus, seed=seed, steps=steps, device=torch.device(device), folder=Path(folder)
+            )
+        except FloatingPointError as error:
+            return {"variant": variant.name, "seed": seed, "error": str(error)}
     trained = time.perf_counter()
     last = records[-max(1, steps // 10) :]
     return {
@@ -290,7 +297,7 @@ def bytes_per_second(variant: Variant, scale: Scale, corpus: Corpus, device: tor
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=3, help="runs at one time on the device")
     parser.add_argument("--timed-steps", type=int, default=12, help="steps of the runs that are timed alone")
@@ -300,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = SMALL if given.small else Scale()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compared = variants(scale)
-    results: dict[str, Any] = {"scale": asdict(scale), "steps": given.steps, "variants": {}, "runs": []}
+    results: dict[str, Any] = {"scale": asdict(scale), "steps": given.steps, "variants": {}, "runs": [], "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder)
         corpus = pack(code_sources(scale), packed, held_out_fraction=0.1, context_length=scale.longest)
@@ -324,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ordered = sorted(compared, key=lambda variant: -variant.context)
         jobs = [(v, scale, seed, given.steps, packed, device) for seed in range(given.seeds) for v in ordered]
         for found in results_of(jobs, given.processes):
-            results["runs"].append(found)
+            results["failed" if "error" in found else "runs"].append(found)
             save(given.output, results, quiet=True)  # what is done is kept, whatever happens to the rest
             print({key: value for key, value in found.items() if not isinstance(value, (list, dict))}, flush=True)
         for variant in compared:  # last, when kernels are compiled and no other process uses the device
@@ -332,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results["variants"][variant.name]["bytes_per_second"] = speed
             save(given.output, results, quiet=True)
             print(f"{variant.name}: {speed:,.0f} bytes a second", flush=True)
+    if results["failed"]:
+        raise SystemExit(f"{len(results['failed'])} runs failed; the results name them")
 
 
 def results_of(jobs: Sequence[tuple[Variant, Scale, int, int, Path, str]], processes: int) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+def diverge(*_: Any, **__: Any) -> None:
+    raise FloatingPointError("the loss is nan")
+
+
 def test_every_model_is_trained_and_measured(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     language, path = script("language"), tmp_path / "language.json"
     monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "language.py")])  # which the results name
@@ -43,8 +47,14 @@ def test_every_model_is_trained_and_measured(script: Any, tmp_path: Path, monkey
         assert len(run["bits_by_position"]) == 3
         assert run["second_half_restricted"].keys() == ({"64", "256"} if run["variant"].endswith("256") else set())
     same = [run for run in results["runs"] if run["variant"] == "dense-256"]
-    assert same[0]["bits_per_byte"] == same[0]["own_context_bits"] != same[1]["bits_per_byte"]
+    assert same[0]["bits_per_byte"] != same[1]["bits_per_byte"]
+    assert results["failed"] == []
     assert all(variant["bytes_per_second"] > 0 for variant in results["variants"].values())
+
+    monkeypatch.setattr(language, "train", diverge)
+    job = (language.variants(language.SMALL)[0], language.SMALL, 3, 1, tmp_path / "text", "cpu")
+    pack(language.code_sources(language.SMALL), job[4], held_out_fraction=0.1, context_length=256)
+    assert language.run(job) == {"variant": "dense-64", "seed": 3, "error": "the loss is nan"}
 
     report = script("language_report")
     report.main(["--results", str(path), "--picture", str(tmp_path / "img" / "language.png")])
@@ -135,7 +145,7 @@ def test_the_cache_is_filled_to_each_context_and_bounded(script: Any):
     config = LongNetLMConfig(
         context_length=64, embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(16, 64), dilation_rates=(1, 4)
     )
-    found = script("generation").measure(LongNetLM(config).eval(), (40, 64, 300), steps=3, rounds=2)
+    found = script("generation").measure(LongNetLM(config).eval(), (40, 64, 300), steps=6)
     assert [entry["cache_rows"] for entry in found["contexts"]] == [40, 0, 300 - 256]
     assert found["key_value_bytes_bound"] == 2 * 64 * 2 * 32 * 4  # layers, rows, key and value, width, float32
     sizes = [entry["key_value_bytes"] for entry in found["contexts"]]
