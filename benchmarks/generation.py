@@ -1,6 +1,6 @@
 """A step of generation after contexts of 4K to 256K tokens: its time, the bytes of the cache, the kernels it launches.
 
-    python benchmarks/generation.py [--preset base] [--contexts 4096,...] [--steps 60] [--output FILE]
+    python benchmarks/generation.py [--preset base] [--backend auto] [--contexts 4096,...] [--steps 60] [--output FILE]
 
 All contexts are filled first and then take turns, one step each, so that drift of the machine meets all alike. They end
 where the last step of a context fills its segments, which is when a step reads most. Weights are random: they change
@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="base")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--contexts", default=",".join(str(4096 << n) for n in range(7)))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/generation.json")
@@ -112,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    model = LongNetLM(LongNetLMConfig.preset(given.preset), device=device, dtype=dtype).eval()
+    model = LongNetLM(LongNetLMConfig.preset(given.preset, backend=given.backend), device=device, dtype=dtype).eval()
     contexts = [int(context) for context in given.contexts.split(",")]
     results = measure(model, contexts, steps=given.steps)
-    save(given.output, {"preset": given.preset, "dtype": str(dtype), **results})
+    save(given.output, {"preset": given.preset, "backend": given.backend, "dtype": str(dtype), **results})
 
 
 if __name__ == "__main__":

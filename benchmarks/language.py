@@ -62,6 +62,7 @@ class Scale:
     windows: int = 128
     largest_file: int = 1 << 19
     most_text: int = 1 << 40
+    backend: str = "auto"
 
     @property
     def longest(self) -> int:
@@ -182,6 +183,7 @@ def train(
         rope_base=1e12,
         ngram_sizes=(2, 3, 4),
         short_convolution=5,
+        backend=scale.backend,
     )
     training = TrainingConfig(
         steps=steps,
@@ -218,8 +220,8 @@ def position_edges(length: int) -> list[int]:
 def measure(trainer: Trainer, variant: Variant, scale: Scale, windows: Tensor) -> dict[str, Any]:
     """Bits per byte of ``windows (W, longest + 1)``; see the module's docstring for what a model sees.
 
-    Besides, of every fourth window: "own_context", cut into contexts of the model's length, and "restricted", of a
-    model of the longest context that is shown less.
+    Besides, of every fourth window: "own_context", cut into contexts of the model's length, and "restricted", of
+    the dense model of the longest context when it is shown less.
     """
 
     def bits(given: Tensor, context: int | None) -> Tensor:
@@ -237,7 +239,7 @@ def measure(trainer: Trainer, variant: Variant, scale: Scale, windows: Tensor) -
     restricted = {
         str(shorter): float(bits(few, shorter)[:, length // 2 :].double().mean())
         for shorter in scale.contexts
-        if context == length and shorter < length
+        if variant.kind == "dense" and context == length and shorter < length
     }
     if restricted:
         restricted[str(length)] = float(own[:, length // 2 :].double().mean())
@@ -301,10 +303,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=3, help="runs at one time on the device")
     parser.add_argument("--timed-steps", type=int, default=12, help="steps of the runs that are timed alone")
+    parser.add_argument("--backend", default="auto", help="of dilated attention; the sliding window takes its own")
     parser.add_argument("--small", action="store_true", help="tiny models on little text, to see that it runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/language.json")
     given = parser.parse_args(arguments)
-    scale = SMALL if given.small else Scale()
+    scale = replace(SMALL if given.small else Scale(), backend=given.backend)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compared = variants(scale)
     results: dict[str, Any] = {"scale": asdict(scale), "steps": given.steps, "variants": {}, "runs": [], "failed": []}
