@@ -1,6 +1,6 @@
 """Bits per byte of equal language models on source code, by pattern and context, and what their attention costs.
 
-    python benchmarks/language.py [--steps 200] [--seeds 3] [--processes 3] [--small] [--output FILE]
+    python benchmarks/language.py [--steps 50] [--seeds 3] [--backend auto] [--small] [--output FILE]
 
 The text is the Python source of the standard library and of the installed packages, split by file. All models are
 `LongNetLM` with as many parameters, trained by `dilated_attention_pytorch.training` on as many steps of as many bytes:
@@ -57,7 +57,7 @@ class Scale:
     embed_dim: int = 256
     num_layers: int = 4
     num_heads: int = 4
-    step_bytes: int = 65536
+    step_bytes: int = 131072
     block: int = 128
     windows: int = 128
     largest_file: int = 1 << 19
@@ -287,9 +287,9 @@ def run(job: tuple[Variant, Scale, int, int, Path, str]) -> dict[str, Any]:
 def bytes_per_second(variant: Variant, scale: Scale, corpus: Corpus, device: torch.device, steps: int) -> float:
     """Of training, by the median step, with nothing else on the device.
 
-    A step is of four times as many bytes as in the runs, so that the device and not the host sets the pace.
+    A step is of twice as many bytes as in the runs, so that the device and not the host sets the pace.
     """
-    scale = replace(scale, step_bytes=4 * scale.step_bytes)
+    scale = replace(scale, step_bytes=2 * scale.step_bytes)
     with tempfile.TemporaryDirectory() as folder:
         _, records = train(variant, scale, corpus, seed=0, steps=steps, device=device, folder=Path(folder))
     ends = [record["seconds"] for record in records]
@@ -299,10 +299,10 @@ def bytes_per_second(variant: Variant, scale: Scale, corpus: Corpus, device: tor
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=3, help="runs at one time on the device")
-    parser.add_argument("--timed-steps", type=int, default=12, help="steps of the runs that are timed alone")
+    parser.add_argument("--processes", type=int, default=1, help="runs at one time on the device")
+    parser.add_argument("--timed-steps", type=int, default=8, help="steps of the runs that are timed alone")
     parser.add_argument("--backend", default="auto", help="of dilated attention; the sliding window takes its own")
     parser.add_argument("--small", action="store_true", help="tiny models on little text, to see that it runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/language.json")
