@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels.schedule import Cells
 from ..patterns import DilatedPattern
 from ..patterns.tiles import cells, class_stride
 from ..types import Document, Shape
@@ -50,9 +51,10 @@ def cell_table(
     span: int,
     side: Literal["query", "key"],
     device: str,
-) -> Tensor:
-    """`patterns.tiles.cells` on the device."""
-    return torch.from_numpy(cells(pattern, shape, documents, span, side)).to(device)
+) -> Cells:
+    """`patterns.tiles.cells`, here and on the device."""
+    table = cells(pattern, shape, documents, span, side)
+    return Cells(table, torch.from_numpy(table).to(device))
 
 
 @lru_cache(maxsize=64)
@@ -64,8 +66,8 @@ def branch_table(pattern: DilatedPattern, device: str) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Tensor, int]:
-    """The cell table on the device, and the class stride."""
+def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Cells, int]:
+    """The cell table, and the class stride."""
     stride = class_stride(problem.pattern, block, longest_position(problem))
     table = cell_table(problem.pattern, problem.shape, problem.documents, block * stride, side, problem.device)
     return table, stride

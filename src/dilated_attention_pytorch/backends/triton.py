@@ -216,7 +216,8 @@ def _forward(
         _decode(aligned, problem, common)
     else:
         size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")
-        table, stride = tiles(problem, size.block, "query")
+        cells, stride = tiles(problem, size.block, "query")
+        table = cells.device
         if len(table):
             _hold(table, common["branches"])
             forward_kernel[(len(table) * stride * shape.heads,)](
@@ -246,7 +247,7 @@ def zero_keys_arguments(problem: Problem, value_dim: int) -> tuple[int, tuple[An
         return None
     if all(d.length % w == 0 and w % r == 0 for d in documents for w, r in pairs(pattern)):
         return None
-    table = cell_table(pattern, shape, documents, _ROWS, "query", problem.device)
+    table = cell_table(pattern, shape, documents, _ROWS, "query", problem.device).device
     branches = branch_table(pattern, problem.device)
     arguments = (
         table, branches, len(table), 1, int(pattern.head_offsets == "interleaved"), len(pattern.branches), shape.heads,
@@ -270,7 +271,7 @@ def _decode(aligned: list[Tensor], problem: Problem, common: dict[str, Any]) -> 
     from ..kernels.decode import decode_kernel
 
     shape, device = problem.shape, aligned[0].device
-    table = cell_table(problem.pattern, shape, problem.documents, 1, "query", problem.device)
+    table = cell_table(problem.pattern, shape, problem.documents, 1, "query", problem.device).device
     tasks = len(table) * shape.heads
     if not tasks:
         return
@@ -351,7 +352,8 @@ def backward(
     }
     dim, size = max(dq.shape[3], dv.shape[3]), problem.dtype.itemsize
     sizes = _sizes(_padded(dim), size, problem.device, "query")
-    table, stride = tiles(problem, sizes.block, "query")
+    cells, stride = tiles(problem, sizes.block, "query")
+    table = cells.device
     if len(table):
         _hold(table, common["branches"])
         query_kernel[(len(table) * stride * shape.heads,)](
@@ -359,7 +361,8 @@ def backward(
             BLOCK=sizes.block, KEYS=sizes.others, num_warps=sizes.warps, num_stages=sizes.stages, **common,
         )  # fmt: skip
     sizes = _sizes(_padded(dim), size, problem.device, "key")
-    table, stride = tiles(problem, sizes.block, "key")
+    cells, stride = tiles(problem, sizes.block, "key")
+    table = cells.device
     if len(table):
         _hold(table)
         key_kernel[(len(table) * stride * shape.kv_heads,)](

@@ -7,7 +7,7 @@ at once, each on its own stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .hopper_backward_kernel import KEY_ROWS, LONGEST, MAX_BRANCHES, backward_kernel
-from .launch import Address, Launch, View, fresh_counters
+from .launch import Address, Launch, View
+from .schedule import TILE_COST, Cells, deal, met_blocks
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -118,33 +119,6 @@ def _ready(tensor: Tensor) -> bool:
     )
 
 
-def _offset_of(head: int, rate: int, heads: int, interleaved: bool) -> int:
-    return head % rate if interleaved else head // -(-heads // rate)
-
-
-@lru_cache(maxsize=64)
-def _class_order(
-    segments: tuple[int, ...], rates: tuple[int, ...], stride: int, tiles: int, heads: int, kv_heads: int,
-    interleaved: bool, device: torch.device,
-) -> Tensor:  # fmt: skip
-    """For every key head the places of a cell (tiles of one head), the heaviest first."""
-
-    def weight(kv_head: int, place: int) -> float:
-        group = heads // kv_heads
-        total = 0.0
-        for w, r in zip(segments, rates, strict=True):
-            common = math.gcd(r, stride)
-            met = sum(
-                place % stride % common == _offset_of(head, r, heads, interleaved) % common
-                for head in range(kv_head * group, (kv_head + 1) * group)
-            )
-            total += met * w / r
-        return total
-
-    order = [sorted(range(tiles), key=lambda p: (-weight(head, p), p)) for head in range(kv_heads)]
-    return torch.tensor(order, dtype=torch.int32, device=device)
-
-
 @lru_cache(maxsize=64)
 def _branch_groups(
     segments: tuple[int, ...], rates: tuple[int, ...], stride: int, is_causal: bool, longest: int
@@ -204,7 +178,7 @@ class _Strides(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """Launches for some heads, of (query, key, value, grad_out, dk, dv, sums, cells, dq sums, counter)."""
+    """Launches for some heads, of (query, key, value, grad_out, dk, dv, sums, dq sums)."""
 
     gradients: tuple[Launch, ...]
     convert: Launch
@@ -215,7 +189,7 @@ class _Launches(NamedTuple):
     rows: Launch
     """Of (out, grad_out, lse, sums) and, where there is one, grad_lse."""
     gaps: Launch
-    """Of (cells, dk, dv)."""
+    """Of (dk, dv)."""
     scratch: tuple[int, ...]
     """Shape of the sums of dQ of one pass, float32."""
     passes: tuple[_Pass, ...]
@@ -224,7 +198,7 @@ class _Launches(NamedTuple):
 @lru_cache(maxsize=256)
 def _launches(
     query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
-    cells: int, stride: int, segment_lengths: tuple[int, ...], rates: tuple[int, ...], interleaved: bool,
+    cells: Cells, stride: int, segment_lengths: tuple[int, ...], rates: tuple[int, ...], interleaved: bool,
     is_causal: bool, scale: float,
 ) -> _Launches:  # fmt: skip
     batches, query_rows, heads, d = query
@@ -239,23 +213,39 @@ def _launches(
         device, num_warps=4,
     )  # fmt: skip
     gaps = Launch(
-        _gap_kernel, (cells + 1, 4),
-        (Address(0), Address(1), Address(2), cells, key_rows, batches, kv_heads * d, 4096), device,
+        _gap_kernel, (len(cells) + 1, 4),
+        (cells.device, Address(0), Address(1), len(cells), key_rows, batches, kv_heads * d, 4096), device,
     )  # fmt: skip
     per_pass = _heads_per_pass(query, key, dtype.itemsize)
     # A run's dQ may start at any row, so the last row of its view by residues may lie beyond the last.
     scratch = (1, max(-(-total // r) * r for r in rates), per_pass * group, d)
     scratch_strides = (0, per_pass * group * d, d, 1)
     block, stages, registers = _tuning(padded)
+    parts = []
+    for number, (own, branches) in enumerate(
+        _branch_groups(segments, rates, stride, is_causal, max(query_rows, key_rows))
+    ):
+        some_segments, some_rates = tuple(segments[i] for i in branches), tuple(rates[i] for i in branches)
+        blocks = met_blocks(
+            cells.host, side="key", heads=heads, stride=own, classes=stride, segment_lengths=some_segments,
+            dilation_rates=some_rates, interleaved=interleaved, is_causal=is_causal, tile_rows=KEY_ROWS,
+            block_rows=block,
+        )  # fmt: skip
+        blocks = blocks.reshape(kv_heads, group, *blocks.shape[1:])
+        # What an earlier launch wrote stays as it is where this one has no queries.
+        wanted = blocks.max(1) > 0 if number else blocks.min(1) >= 0
+        parts.append((number, own, some_segments, some_rates, blocks.sum(1) + TILE_COST, wanted))
     passes = []
     for head0 in range(0, kv_heads, per_pass):
         count = min(per_pass, kv_heads - head0)
         gradients = []
-        for number, (own, branches) in enumerate(
-            _branch_groups(segments, rates, stride, is_causal, max(query_rows, key_rows))
-        ):
-            some_segments, some_rates = tuple(segments[i] for i in branches), tuple(rates[i] for i in branches)
-            spare = [None] * (MAX_BRANCHES - len(branches))
+        for number, own, some_segments, some_rates, costs, wanted in parts:
+            schedule = deal(
+                costs[head0 : head0 + count], wanted[head0 : head0 + count], _processors(device), device
+            )  # fmt: skip
+            if schedule is None:
+                continue
+            spare = [None] * (MAX_BRANCHES - len(some_rates))
             constants = (
                 heads, kv_heads, d, padded, block, stages, own, stride, is_causal, interleaved, some_segments,
                 some_rates, number > 0,
@@ -266,14 +256,13 @@ def _launches(
                 _view(2, key, strides.value, dtype, own, 64, padded, batches * key_rows),
                 *(_view(0, query, strides.query, dtype, r, block, padded, total) for r in some_rates), *spare,
                 *(_view(3, query, strides.grad_out, dtype, r, block, padded, total) for r in some_rates), *spare,
-                *(_view(8, scratch, scratch_strides, torch.float32, r, block, padded // 2, -(-total // r) * r)
+                *(_view(7, scratch, scratch_strides, torch.float32, r, block, padded // 2, -(-total // r) * r)
                   for r in some_rates), *spare,
-                Address(1), Address(2), Address(4), Address(5), Address(6), Address(7),
-                _class_order(some_segments, some_rates, own, stride, heads, kv_heads, interleaved, device), Address(9),
-                cells, query_rows, key_rows, batches, head0, count, head0 * group, *strides.key[1:3],
-                *strides.value[1:3], scale * math.log2(math.e), scale, *registers,
+                Address(1), Address(2), Address(4), Address(5), Address(6), cells.device,
+                schedule.tiles, schedule.starts, len(cells), query_rows, key_rows, batches, head0, head0 * group,
+                *strides.key[1:3], *strides.value[1:3], scale * math.log2(math.e), scale, *registers,
             )  # fmt: skip
-            gradients.append(Launch(backward_kernel, _processors(device), arguments, device, num_warps=4))
+            gradients.append(Launch(backward_kernel, schedule.programs, arguments, device, num_warps=4))
         convert = Launch(
             _convert_kernel, triton.cdiv(total * count * group, 64),
             (Address(0), Address(1), total, head0 * group, count * group, per_pass * group, scale, heads, d, padded,
@@ -293,7 +282,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     *,
-    cells: Tensor,
+    cells: Cells,
     stride: int,
     segment_lengths: tuple[int, ...],
     dilation_rates: tuple[int, ...],
@@ -306,7 +295,7 @@ def backward(
     Args:
         grad_out, out: (B, Nq, H, D); grad_lse, lse: (B, Nq, H) float32, natural logarithms.
         query: (B, Nq, H, D); key, value: (B, Nk, H_kv, D); `backends.gluon.unsupported` says which.
-        cells: `patterns.tiles.cells` of the key side, on the device, of at most 128 * ``stride`` rows each.
+        cells: `patterns.tiles.cells` of the key side, of at most 128 * ``stride`` rows each.
         stride: class stride; a tile takes every ``stride``-th row of a cell.
     """
     device = query.device
@@ -320,19 +309,18 @@ def backward(
     launches = _launches(
         query.shape, key.shape,
         _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
-        query.dtype, device, grad_lse is not None, len(cells), stride, segment_lengths, dilation_rates, interleaved,
+        query.dtype, device, grad_lse is not None, cells, stride, segment_lengths, dilation_rates, interleaved,
         is_causal, scale,
     )  # fmt: skip
     batches, query_rows, heads = query.shape[:3]
     sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)
     launches.rows(out, grad_out, lse.contiguous(), sums, *(() if grad_lse is None else (grad_lse.contiguous(),)))
-    launches.gaps(cells, dk, dv)
-    counters = iter(fresh_counters(sum(len(one.gradients) for one in launches.passes), device))
+    launches.gaps(dk, dv)
     lanes = min(2, len(launches.passes))
     scratch = torch.empty((lanes, *launches.scratch), dtype=torch.float32, device=device).unbind()
-    given = (query, key, value, grad_out, dk, dv, sums, cells)
+    given = (query, key, value, grad_out, dk, dv, sums)
     if lanes == 1:
-        _run(launches.passes[0], given, scratch[0], counters, dq)
+        _run(launches.passes[0], given, scratch[0], dq)
         return dq, dk, dv
     # Two passes are under way at a time: one's last tiles and its conversion overlap the other's first tiles.
     main = torch.cuda.current_stream(device)
@@ -340,15 +328,15 @@ def backward(
     streams[1].wait_stream(main)
     for turn, one in enumerate(launches.passes):
         with torch.cuda.stream(streams[turn % 2]):
-            _run(one, given, scratch[turn % 2], counters, dq)
+            _run(one, given, scratch[turn % 2], dq)
     main.wait_stream(streams[1])
     return dq, dk, dv
 
 
-def _run(one: _Pass, given: tuple[Tensor, ...], scratch: Tensor, counters: Iterator[Tensor], dq: Tensor) -> None:
+def _run(one: _Pass, given: tuple[Tensor, ...], scratch: Tensor, dq: Tensor) -> None:
     scratch.zero_()
     for launch in one.gradients:
-        launch(*given, scratch, next(counters))
+        launch(*given, scratch)
     one.convert(scratch, dq)
 
 

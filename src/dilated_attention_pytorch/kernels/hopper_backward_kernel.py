@@ -134,25 +134,6 @@ def _run(
 
 
 @gluon.jit
-def _decode(P: gl.constexpr, tile, order, cells, cell_count, tiles, head0):
-    """Where a tile lies: head by head, cell by cell; the last cells of all with their heaviest classes first."""
-    SUB: gl.constexpr = P[7]
-    last = gl.minimum(cell_count, tiles // (SUB * 7) + 1) * SUB
-    if tile < tiles - last:
-        head = tile // (cell_count * SUB)
-        inner = tile % (cell_count * SUB)
-        cell = inner // SUB
-        place = inner % SUB
-    else:
-        left = tile - (tiles - last)
-        head = (tiles - 1) // (cell_count * SUB)
-        cell = cell_count - last // SUB + left % (last // SUB)
-        place = gl.load(order + (head0 + head) * SUB + left // (last // SUB))
-    record = cells + cell.to(gl.int64) * 8
-    return head0 + head, record, place
-
-
-@gluon.jit
 def _branch_blocks(
     P: gl.constexpr, BRANCH: gl.constexpr, COMMON: gl.constexpr, head, first, rows, begin, end, flat0, total,
 ):  # fmt: skip
@@ -231,21 +212,24 @@ def _load_branch(
 
 @gluon.jit
 def _producer(
-    P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q_ds, do_ds, sums, cells, order, counter, cell_count,
-    query_rows, key_rows, batches, head0, head_count, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars,
+    P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q_ds, do_ds, sums, cells, tiles, starts, cell_count,
+    query_rows, key_rows, batches, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars,
 ):  # fmt: skip
     DP: gl.constexpr = P[3]
     STRIDE: gl.constexpr = P[6]
     RATES: gl.constexpr = P[11]
     GROUP: gl.constexpr = P[0] // P[1]
     kv_full, kv_empty, q_full, do_full, empty, _dq_full, _dq_empty = bars
-    tiles = head_count * cell_count * P[7]
     total = batches * query_rows
     turn = 0
     it = 0
-    tile = gl.atomic_add(counter, 1)
-    while tile < tiles:
-        kv_head, record, place = _decode(P, tile, order, cells, cell_count, tiles, head0)
+    at = gl.load(starts + gl.program_id(0))
+    stop = gl.load(starts + gl.program_id(0) + 1)
+    while at < stop:
+        tile = gl.load(tiles + at)
+        kv_head = head0 + tile // P[7] // cell_count
+        place = tile % P[7]
+        record = cells + (tile // P[7] % cell_count) * 8
         batch = gl.load(record)
         skip = place // STRIDE * (128 * STRIDE) + place % STRIDE
         first = gl.load(record + 2) + skip
@@ -257,44 +241,39 @@ def _producer(
         flat0 = batch * query_rows + other
         masked = 0
         every = 0
-        if rows > 0:
-            for g in range(GROUP):
-                for i in gl.static_range(len(RATES)):
-                    m, e = _branch_blocks(P, i, COMMONS[i], kv_head * GROUP + g, first, rows, begin, end, flat0, total)
-                    masked += m
-                    every += e
-        wanted = rows > 0
-        if P[12]:
-            wanted = every > 0
+        for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+            for i in gl.static_range(len(RATES)):
+                m, e = _branch_blocks(P, i, COMMONS[i], head, first, rows, begin, end, flat0, total)
+                masked += m
+                every += e
         beyond = (own // STRIDE + 127 >= batches * key_rows // STRIDE).to(gl.int32)
         direct = (rows == 128) & (own // STRIDE - beyond >= 0)
-        if wanted:
-            mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-            _put(tile_s, 0, masked)
-            _put(tile_s, 6, every - masked)
-            _put(tile_s, 1, own)
-            _put(tile_s, 2, rows)
-            _put(tile_s, 3, first)
-            _put(tile_s, 4, kv_head)
-            _put(tile_s, 5, direct.to(gl.int32))
-            fence_async_shared()
-            if direct:
-                mbarrier.expect(kv_full, 4 * 64 * DP * 2)
-                for g in gl.static_range(2):
-                    coordinate = [own // STRIDE - beyond + 64 * g, own % STRIDE + beyond * STRIDE, kv_head, 0]
-                    tma.async_copy_global_to_shared(k_d, coordinate, kv_full, _as_4d(k_s.index(g), 64, DP, 16))
-                    tma.async_copy_global_to_shared(v_d, coordinate, kv_full, _as_4d(v_s.index(g), 64, DP, 16))
-            mbarrier.arrive(kv_full, count=1, pred=direct == 0)
-            turn += 1
-            for part in range(2 * GROUP):
-                head = kv_head * GROUP + part % GROUP
-                head_sums = sums + (batch * P[0] + head).to(gl.int64) * query_rows + other
-                for i in gl.static_range(len(RATES)):
-                    it = _load_branch(
-                        P, i, COMMONS[i], part // GROUP, q_ds[i], do_ds[i], head_sums, q_s, do_s, row_s, info_s,
-                        q_full, do_full, empty, head, first, rows, begin, end, flat0, total, it,
-                    )  # fmt: skip
-        tile = gl.atomic_add(counter, 1)
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        _put(tile_s, 0, masked)
+        _put(tile_s, 6, every - masked)
+        _put(tile_s, 1, own)
+        _put(tile_s, 2, rows)
+        _put(tile_s, 3, first)
+        _put(tile_s, 4, kv_head)
+        _put(tile_s, 5, direct.to(gl.int32))
+        fence_async_shared()
+        if direct:
+            mbarrier.expect(kv_full, 4 * 64 * DP * 2)
+            for g in gl.static_range(2):
+                coordinate = [own // STRIDE - beyond + 64 * g, own % STRIDE + beyond * STRIDE, kv_head, 0]
+                tma.async_copy_global_to_shared(k_d, coordinate, kv_full, _as_4d(k_s.index(g), 64, DP, 16))
+                tma.async_copy_global_to_shared(v_d, coordinate, kv_full, _as_4d(v_s.index(g), 64, DP, 16))
+        mbarrier.arrive(kv_full, count=1, pred=direct == 0)
+        turn += 1
+        for part in range(2 * GROUP):
+            head = kv_head * GROUP + part % GROUP
+            head_sums = sums + (batch * P[0] + head).to(gl.int64) * query_rows + other
+            for i in gl.static_range(len(RATES)):
+                it = _load_branch(
+                    P, i, COMMONS[i], part // GROUP, q_ds[i], do_ds[i], head_sums, q_s, do_s, row_s, info_s,
+                    q_full, do_full, empty, head, first, rows, begin, end, flat0, total, it,
+                )  # fmt: skip
+        at += 1
     mbarrier.wait(kv_empty, (turn & 1) ^ 1)
     _put(tile_s, 0, -1)
     fence_async_shared()
@@ -520,16 +499,16 @@ def _consumer(
 
 
 _INTEGERS = [
-    "cell_count", "query_rows", "key_rows", "batches", "head0", "head_count", "query_head0", "key_stride",
-    "key_head_stride", "value_stride", "value_head_stride",
+    "cell_count", "query_rows", "key_rows", "batches", "head0", "query_head0", "key_stride", "key_head_stride",
+    "value_stride", "value_head_stride",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
     P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q0, q1, q2, q3, q4, q5, q6, q7, do0, do1, do2, do3, do4,
-    do5, do6, do7, dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7, key, value, dk_out, dv_out, sums, cells, order,
-    counter, cell_count, query_rows, key_rows, batches, head0, head_count, query_head0, key_stride,
+    do5, do6, do7, dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7, key, value, dk_out, dv_out, sums, cells, tiles,
+    starts, cell_count, query_rows, key_rows, batches, head0, query_head0, key_stride,
     key_head_stride, value_stride, value_head_stride, scale_log2, scale, CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -577,7 +556,7 @@ def backward_kernel(
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
         (_consumer, (P, 1, scale_log2, scale, key, value, dk_out, dv_out, key_stride, key_head_stride, value_stride,
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
-        (_producer, (P, COMMONS, k_d, v_d, q_ds, do_ds, sums, cells, order, counter, cell_count, query_rows,
-         key_rows, batches, head0, head_count, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars)),
+        (_producer, (P, COMMONS, k_d, v_d, q_ds, do_ds, sums, cells, tiles, starts, cell_count, query_rows,
+         key_rows, batches, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars)),
         (_writer, (P, dq_ds, dq_s, info_s, tile_s, bars, query_head0)),
     ], [4, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

@@ -1,7 +1,7 @@
 """Forward of dilated attention for Hopper GPUs (Gluon): all branches of a query tile in one online softmax.
 
 A tile holds 128 rows of one head and one residue class, so that its rows take part in the same branches. One CTA per
-SM takes tiles from a counter: a scheduler warp finds the next tile, a producer warp works out which keys it meets,
+SM has a list of tiles: a scheduler warp finds the next tile, a producer warp works out which keys it meets,
 loads them through TMA and writes a small record beside every block of keys (`hopper_producer`); two warpgroups of 64
 rows each consume the blocks and need no geometry.
 """
@@ -41,7 +41,8 @@ from .hopper_producer import (
     read_record,
     scheduler,
 )
-from .launch import Address, Launch, View, fresh_counters
+from .launch import Address, Launch, View
+from .schedule import TILE_COST, Cells, deal, met_blocks
 
 # ------------------------------------------------------------------------------------------------------ consumers
 
@@ -325,11 +326,11 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
 
 
 @gluon.jit(do_not_specialize=[
-    "tiles", "main_cells", "all_cells", "query_rows", "key_rows", "query_total", "key_total"
+    "cell_count", "query_rows", "key_rows", "query_total", "key_total"
 ])  # fmt: skip
 def hopper_forward_kernel(
     spec: gl.constexpr, q_desc, out_desc, k0, k1, k2, k3, k4, k5, k6, k7, v0, v1, v2, v3, v4, v5, v6, v7,
-    out, lse, cells, order, counter, tiles, main_cells, all_cells, query_rows, key_rows, query_total, key_total,
+    out, lse, cells, tiles, starts, cell_count, query_rows, key_rows, query_total, key_total,
     scale_log2, consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
 ):  # fmt: skip
     """One CTA per SM; see the top of this file."""
@@ -374,7 +375,7 @@ def hopper_forward_kernel(
         (_consumer, (spec, 0, scale_log2, query_total, out_desc, out, lse, o_s.index(0), o_full.index(0), shared)),
         (_consumer, (spec, 1, scale_log2, query_total, out_desc, out, lse, o_s.index(1), o_full.index(1), shared)),
         (producer, (spec, q_desc, k_descs, v_descs, shared, plans, query_total, key_total)),
-        (scheduler, (spec, plans, cells, order, counter, tiles, main_cells, all_cells, query_rows, key_rows)),
+        (scheduler, (spec, plans, cells, tiles, starts, cell_count, query_rows, key_rows)),
     ], [4, 1, 1], [consumer_registers, producer_registers, producer_registers])  # fmt: skip
 
 
@@ -390,7 +391,6 @@ class Tuning:
     pin: int = 0
     consumer_registers: int = 240
     producer_registers: int = 24
-    tail: float = 0.15
     groups: int = 1
 
 
@@ -423,23 +423,6 @@ class Sizes(NamedTuple):
         return View(slot, shape, (rate * row, row, head, 1), (rows, 1, 1, padded), _layout(padded))
 
 
-@lru_cache(maxsize=64)
-def _order(spec: Spec, longest: int, device: torch.device) -> Tensor:
-    """(head, class) pairs, those with the most keys first."""
-    classes = spec.stride * spec.parts
-
-    def cost(pair: int) -> float:
-        head, piece = divmod(pair, classes)
-        total = 0.0
-        for length, rate, common in zip(spec.lengths, spec.rates, spec.commons, strict=True):
-            offset = head % rate if spec.interleaved else head // -(-spec.heads // rate)
-            if (piece % spec.stride - offset) % common == 0:
-                total += min(length, longest) / rate
-        return total
-
-    return torch.tensor(sorted(range(spec.heads * classes), key=cost, reverse=True), dtype=torch.int32, device=device)
-
-
 @lru_cache(maxsize=8)
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -455,17 +438,15 @@ def _groups(rates: tuple[int, ...], count: int) -> list[list[int]]:
 
 @lru_cache(maxsize=256)
 def _launches(
-    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, cells: int, stride: int,
+    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, cells: Cells, stride: int,
     segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], interleaved: bool, is_causal: bool,
     scale: float, tuning: Tuning,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    """A launch for each group of branches, of (query, key, value, out, lse, cells, counter)."""
+    """A launch for each group of branches, of (query, key, value, out, lse)."""
     batch, query_rows, heads, dim = query.shape
     key_rows, kv_heads = key.shape[1:3]
     padded = 1 << (dim - 1).bit_length()
     first, second = HEAD_DIMS[dim]
-    longest = 1 << max(0, key_rows - 1).bit_length()
-    main_cells = cells - math.ceil(cells * tuning.tail)
     groups = _groups(dilation_rates, tuning.groups)
     out = Sizes(query.shape, (query_rows * heads * dim, heads * dim, dim, 1))
     launches = []
@@ -493,7 +474,16 @@ def _launches(
             pin=tuning.pin,
         )
         unused = [None] * (MAX_BRANCHES - len(group))
-        tiles = cells * heads * stride // spec.chunk
+        blocks = met_blocks(
+            cells.host, side="query", heads=heads, stride=own, classes=stride, segment_lengths=lengths,
+            dilation_rates=rates, interleaved=interleaved, is_causal=is_causal, tile_rows=BLOCK_ROWS,
+            block_rows=BLOCK_KEYS,
+        )  # fmt: skip
+        # What earlier groups wrote stays as it is where this one has no keys.
+        wanted = blocks > 0 if number else blocks >= 0
+        schedule = deal(blocks + TILE_COST, wanted, _processors(device), device)
+        if schedule is None:
+            continue
         arguments = (
             spec,
             query.view(0, own, BLOCK_ROWS // 2, padded),
@@ -504,12 +494,10 @@ def _launches(
             *unused,
             Address(3),
             Address(4),
-            Address(5),
-            _order(spec, longest, device),
-            Address(6),
-            tiles,
-            cells if number else main_cells,
-            cells,
+            cells.device,
+            schedule.tiles,
+            schedule.starts,
+            len(cells),
             query_rows,
             key_rows,
             batch * query_rows,
@@ -518,7 +506,7 @@ def _launches(
             tuning.consumer_registers,
             tuning.producer_registers,
         )
-        launches.append(Launch(hopper_forward_kernel, min(_processors(device), tiles), arguments, device, num_warps=4))
+        launches.append(Launch(hopper_forward_kernel, schedule.programs, arguments, device, num_warps=4))
     return tuple(launches)
 
 
@@ -527,7 +515,7 @@ def forward(
     key: Tensor,
     value: Tensor,
     *,
-    cells: Tensor,
+    cells: Cells,
     stride: int,
     segment_lengths: tuple[int, ...],
     dilation_rates: tuple[int, ...],
@@ -540,7 +528,7 @@ def forward(
 
     Args:
         query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D); `backends.gluon.unsupported` says which.
-        cells: (cells, 8) int32 on the device, runs of at most ``128 * stride`` rows, see `patterns.tiles`.
+        cells: runs of at most ``128 * stride`` rows, see `patterns.tiles`.
         stride: distance of the rows of a tile.
         segment_lengths, dilation_rates, interleaved: the pattern.
         is_causal, scale: as for `dilated_attention`.
@@ -559,7 +547,7 @@ def forward(
         Sizes(value.shape, value.stride()),
         query.dtype,
         query.device,
-        len(cells),
+        cells,
         stride,
         segment_lengths,
         dilation_rates,
@@ -568,6 +556,6 @@ def forward(
         scale,
         tuning or tuning_of(query.shape[3], is_causal),
     )
-    for launch, counter in zip(launches, fresh_counters(len(launches), query.device), strict=True):
-        launch(query, key, value, out, lse, cells, counter)
+    for launch in launches:
+        launch(query, key, value, out, lse)
     return out, lse

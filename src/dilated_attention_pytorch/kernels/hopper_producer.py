@@ -55,11 +55,6 @@ class Spec:
         """Greatest common divisors of the rates and the class stride."""
         return tuple(math.gcd(rate, self.stride) for rate in self.rates)
 
-    @property
-    def chunk(self) -> int:
-        """Tiles taken at once: several where most have no keys in these branches."""
-        return 4 if self.merge and self.stride * self.parts % 4 == 0 else 1
-
 
 # ---------------------------------------------------------------------------------------------------- small tools
 
@@ -209,60 +204,44 @@ def _produce_tile(spec: gl.constexpr, q_desc, shared, turn, blocks, rows, row, h
 
 
 @gluon.jit
-def scheduler(spec: gl.constexpr, plans, cells, order, counter, tiles, main_cells, all_cells, query_rows, key_rows):
-    """Take tiles from the counter, ahead of the producer, and pass on those that have keys."""
+def scheduler(spec: gl.constexpr, plans, cells, tiles, starts, cell_count, query_rows, key_rows):
+    """Read this program's tiles (`schedule.deal`), ahead of the producer, and pass on those that have keys."""
     plan_s, plan_full, plan_empty = plans
-    chunk: gl.constexpr = spec.chunk
-    classes: gl.constexpr = spec.stride * spec.parts // chunk
+    classes: gl.constexpr = spec.stride * spec.parts
     visits: gl.constexpr = 2 * len(spec.rates)
-    main = main_cells * (classes * spec.heads)
     turn = 0
-    # A tile is taken late, when the producer nears the end of the one before: the last tiles go to whoever is free.
+    at = gl.load(starts + gl.program_id(0))
+    stop = gl.load(starts + gl.program_id(0) + 1)
     mbarrier.wait(plan_empty, 1)
-    tile = gl.atomic_add(counter, 1, sem="relaxed")
-    while tile < tiles:
-        # First head by head and cell by cell, so that the tiles under way share keys; at the end the heaviest first.
-        rest = tile - main
-        rank = gl.maximum(rest, 0) // gl.maximum(all_cells - main_cells, 1)
+    while at < stop:
+        tile = gl.load(tiles + at)
         group = tile // classes
-        pair = gl.load(order + gl.where(rest < 0, 0, rank))
-        head = gl.where(rest < 0, group // gl.maximum(main_cells, 1), pair // classes)
-        cell = gl.where(rest < 0, group % gl.maximum(main_cells, 1),
-                        main_cells + rest - rank * (all_cells - main_cells))  # fmt: skip
-        unit = gl.where(rest < 0, tile % classes, pair % classes)
-        record = cells + cell * 8
+        head = group // cell_count
+        piece = tile % classes
+        record = cells + (group % cell_count) * 8
         batch = gl.load(record)
         key_row = batch * key_rows + gl.load(record + 4)
         begin = gl.load(record + 5)
         end = gl.load(record + 6)
-        cell_row = batch * query_rows + gl.load(record + 1)
-        cell_position = gl.load(record + 2)
-        cell_rows = gl.load(record + 3)
-        for n in range(chunk):
-            piece = unit * chunk + n
-            first_row = piece % spec.stride + piece // spec.stride * (128 * spec.stride)
-            rows = gl.minimum((cell_rows - first_row + spec.stride - 1) // spec.stride, 128)
-            position = cell_position + first_row
-            blocks = gl.to_tensor(0)
-            for i in gl.static_range(visits):
-                count, _, _, _ = _run(
-                    spec, spec.lengths[i // 2], spec.rates[i // 2], spec.commons[i // 2], i % 2,
-                    position, rows, head, begin, end,
-                )  # fmt: skip
-                blocks += (count + spec.keys - 1) // spec.keys
-            wanted = rows > 0
-            if spec.merge:
-                wanted = wanted & (blocks > 0)
-            if wanted:
-                # A tile without keys still has rows to write: it gets a block without keys.
-                write_record(
-                    plan_s.index(0), gl.where(blocks > 0, blocks, -1), rows, cell_row + first_row, head, position,
-                    key_row, begin, end,
-                )  # fmt: skip
-                mbarrier.arrive(plan_full, count=1)
-                turn += 1
-                mbarrier.wait(plan_empty, (turn & 1) ^ 1)
-        tile = gl.atomic_add(counter, 1, sem="relaxed")
+        first_row = piece % spec.stride + piece // spec.stride * (128 * spec.stride)
+        rows = gl.minimum((gl.load(record + 3) - first_row + spec.stride - 1) // spec.stride, 128)
+        row = batch * query_rows + gl.load(record + 1) + first_row
+        position = gl.load(record + 2) + first_row
+        blocks = gl.to_tensor(0)
+        for i in gl.static_range(visits):
+            count, _, _, _ = _run(
+                spec, spec.lengths[i // 2], spec.rates[i // 2], spec.commons[i // 2], i % 2,
+                position, rows, head, begin, end,
+            )  # fmt: skip
+            blocks += (count + spec.keys - 1) // spec.keys
+        # A tile without keys still has rows to write: it gets a block without keys.
+        write_record(
+            plan_s.index(0), gl.where(blocks > 0, blocks, -1), rows, row, head, position, key_row, begin, end,
+        )  # fmt: skip
+        mbarrier.arrive(plan_full, count=1)
+        turn += 1
+        mbarrier.wait(plan_empty, (turn & 1) ^ 1)
+        at += 1
     write_record(plan_s.index(0), 0, 0, 0, 0, 0, 0, 0, 0)
     mbarrier.arrive(plan_full, count=1)
 

@@ -10,8 +10,7 @@ of it (`backends.gluon.TRITON_VERSIONS`); hooks on launches do not see the repea
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from types import SimpleNamespace
@@ -142,29 +141,3 @@ def _descriptors(slot: int, views: list[tuple[View, Any]]) -> Callable[[list[int
         return arguments
 
     return lambda addresses: encoded(addresses[slot])
-
-
-_AT_ONCE = 1024
-_lock = threading.Lock()
-
-
-@lru_cache(maxsize=64)
-def _zeros_of(device: torch.device, stream: int) -> Iterator[Tensor]:
-    def counters() -> Iterator[Tensor]:
-        while True:
-            yield from torch.zeros(_AT_ONCE, 4, dtype=torch.int32, device=device).unbind()
-
-    return counters()
-
-
-def fresh_counters(count: int, device: torch.device) -> list[Tensor]:
-    """``count`` tensors of int32 zeros for kernels of the current stream to count in, each for one launch.
-
-    Of a capture's own memory while a CUDA graph is captured, so that a replay finds zeros again. Otherwise they are
-    filled many at once: filling one would cost a short sequence as much as all else on the host.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return list(torch.zeros(count, 4, dtype=torch.int32, device=device).unbind())
-    counters = _zeros_of(device, torch._C._cuda_getCurrentRawStream(device.index))
-    with _lock:
-        return [next(counters) for _ in range(count)]
