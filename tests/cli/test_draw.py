@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import matplotlib.image
@@ -139,6 +141,17 @@ def test_a_pattern_that_does_not_fit_is_cut_and_the_output_says_so(tmp_path: Pat
         )
     result = CliRunner().invoke(app, ["draw", *PATTERN, "--length", "16"])
     assert "longest segment" not in result.stdout
+
+
+def test_the_picture_of_the_readme_is_what_its_command_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parents[2]
+    (command,) = re.findall(r"`dilated-attention (draw [^`]+)`", (root / "README.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, shlex.split(command)).exit_code == 0
+    for color in ((0, 0.447, 0.698), (0.835, 0.369, 0), (0, 0.62, 0.451)):
+        kept, drawn = (share_of(path, color) for path in (root / "docs/img/pattern.png", tmp_path / "pattern.png"))
+        assert kept > 0.005
+        assert kept == pytest.approx(drawn, rel=0.05)
 
 
 def test_what_a_pattern_covers():

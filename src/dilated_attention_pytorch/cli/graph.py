@@ -41,7 +41,8 @@ def graph(
         for source, targets in edges.items():
             listed = ", ".join(f"{target} {count}" for target, count in sorted(targets.items()))
             table.add_row(source, listed or "nothing")
-        Console().print(table)
+        if edges:
+            Console().print(table)
         if found is not None:
             for file, line, text in found.failed:
                 typer.echo(f"{file}:{line}: does not parse: {text}")
