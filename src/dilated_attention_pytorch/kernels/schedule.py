@@ -21,6 +21,8 @@ TILE_COST = 1.5
 """Blocks that a tile costs besides those that it meets: an estimate."""
 _LIGHT = 0.3
 """Share of all work, of the lightest tiles, that is dealt last and one by one."""
+_FEW = 16
+"""Tiles a program up to which all are dealt one by one: what so few tiles read is in the cache anyhow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,8 @@ def deal(
     """Tiles, by their place in ``costs``, dealt to at most ``programs`` programs; None where none is wanted.
 
     Neighbours stay together in time, for they share rows in the cache: heavier tiles are dealt in rounds of one for
-    each program, the heaviest of a round to the program with the least work so far. The lightest follow one by one.
+    each program, the heaviest of a round to the program with the least work so far. The lightest follow one by one,
+    the heaviest of them first. Few tiles are all dealt so.
 
     >>> schedule = deal(np.array([5.0, 1, 1, 3]), np.array([True] * 4), 2, torch.device("cpu"))
     >>> schedule.tiles.tolist(), schedule.starts.tolist()
@@ -121,7 +124,8 @@ def deal(
     work = flat[tiles]
     programs = min(programs, len(tiles))
     by_weight = np.lexsort((-np.arange(len(tiles)), work))
-    light = by_weight[: int(np.searchsorted(np.cumsum(work[by_weight]), _LIGHT * work.sum()))]
+    share = _LIGHT if len(tiles) > _FEW * programs else 1.0
+    light = by_weight[: int(np.searchsorted(np.cumsum(work[by_weight]), share * work.sum()))]
     heavy = np.ones(len(tiles), dtype=bool)
     heavy[light] = False
     owner = np.empty(len(tiles), dtype=np.int64)
