@@ -62,42 +62,53 @@ def label(variant: dict[str, Any]) -> str:
     return f"{KINDS[variant['kind']]}, {short(variant['context'])}"
 
 
+def shown(value: float, error: float, digits: int) -> str:
+    """A mean, with its standard error where there is one."""
+    return f"{value:.{digits}f}" if math.isnan(error) else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each model."""
+    """Markdown: a row for each model, with the speed of training where it was measured."""
     variants, found = results["variants"], summary(results)
     dense = variants[f"dense-{max(results['scale']['contexts'])}"]["attention_flops_per_byte"]
-    lines = [
-        "| model, context | attention, MFLOP a byte | of dense's at the longest | training, MB/s | bits per byte "
-        "| over dense at the longest | second half of the windows | over dense |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    timed = all("bytes_per_second" in variant for variant in variants.values())
+    heads = ["model, context", "attention, MFLOP a byte", "of dense's", *["training, MB/s"] * timed, "seeds"]
+    heads += ["bits per byte", "over dense's", "second half", "over dense's"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for name, variant in variants.items():
         entry, flops = found[name], variant["attention_flops_per_byte"]
-        cells = [
-            label(variant),
-            f"{flops / 1e6:.2f}",
-            f"{flops / dense:.1%}",
-            f"{variant['bytes_per_second'] / 1e6:.2f}",
-        ]
+        cells = [label(variant), f"{flops / 1e6:.2f}", f"{flops / dense:.1%}"]
+        cells += [f"{variant['bytes_per_second'] / 1e6:.2f}"] if timed else []
+        cells.append(f"{entry['seeds']}")
         for key in MEASURES[:2]:
-            cells.append(f"{entry[key]:.4f} ± {entry[f'{key}_error']:.4f}")
-            cells.append(f"{entry[f'{key}_percent']:+.2f} ± {entry[f'{key}_percent_error']:.2f} %")
+            cells.append(shown(entry[key], entry[f"{key}_error"], 4))
+            cells.append(f"{shown(entry[f'{key}_percent'], entry[f'{key}_percent_error'], 1)} %")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def position_table(results: dict[str, Any], key: str, names: Sequence[str]) -> str:
     """Markdown: bits by position, a column for each model."""
-    longest = max(results["variants"][name]["context"] for name in names)
-    edges = edges_of(longest)
+    edges = edges_of(max(results["variants"][name]["context"] for name in names))
     columns = [curve(results, name, key) for name in names]
     lines = [
         "| position | " + " | ".join(label(results["variants"][name]) for name in names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
     for n, (low, high) in enumerate(pairwise(edges)):
-        cells = [f"{means[n]:.3f} ± {errors[n]:.3f}" if n < len(means) else "" for means, errors in columns]
+        cells = [shown(means[n], errors[n], 3) if n < len(means) else "" for means, errors in columns]
         lines.append(f"| {low:,} to {high - 1:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def restricted_table(results: dict[str, Any]) -> str:
+    """Markdown: the dense model of the longest context, shown less."""
+    longest = max(results["scale"]["contexts"])
+    runs = [run for run in results["runs"] if run["variant"] == f"dense-{longest}"]
+    lines = ["| it sees at most | second half, bits per byte |", "| --- | ---: |"]
+    for context in results["scale"]["contexts"]:
+        mean, error = mean_and_error([run["second_half_restricted"][str(context)] for run in runs])
+        lines.append(f"| {context:,} bytes | {shown(mean, error, 3)} |")
     return "\n".join(lines)
 
 
@@ -109,41 +120,41 @@ def edges_of(length: int) -> list[int]:
 
 
 def draw(results: dict[str, Any]) -> bytes:
-    """A PNG: bits over the work of attention, bits over the time of a step, bits by position."""
+    """A PNG: bits over the work of attention, over the speed of training where that was measured, and by position."""
     # The object interface: pyplot would pick a backend and keep state for the whole process.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
-    work, time, position = figure.subplots(1, 3)
     variants, found = results["variants"], summary(results)
-    longest = max(results["scale"]["contexts"])
+    longest, shortest = max(results["scale"]["contexts"]), min(results["scale"]["contexts"])
+    across = {"operations of attention a byte, forward (log scale)": lambda v: v["attention_flops_per_byte"]}
+    if all("bytes_per_second" in variant for variant in variants.values()):
+        across["bytes a second in training (log scale)"] = lambda v: v["bytes_per_second"]
+    figure = Figure(figsize=(6.5 * (len(across) + 1), 5), dpi=100, layout="constrained")
+    *panels, position = figure.subplots(1, len(across) + 1)
+    edges = edges_of(longest)
+    middles = [math.sqrt(low * high) if low else high / 2 for low, high in pairwise(edges)]
     for n, (kind, words) in enumerate(KINDS.items()):
         mine = {name: v for name, v in variants.items() if v["kind"] == kind}
         bits = [found[name]["bits_second_half"] for name in mine]
         errors = [found[name]["bits_second_half_error"] for name in mine]
-        style = {"color": COLORS[n], "marker": MARKERS[n], "capsize": 3, "label": words}
-        work.errorbar([v["attention_flops_per_byte"] for v in mine.values()], bits, yerr=errors, **style)
-        time.errorbar([v["bytes_per_second"] / 1e6 for v in mine.values()], bits, yerr=errors, **style)
-        for v, height in zip(mine.values(), bits, strict=True):
-            places = (work, v["attention_flops_per_byte"]), (time, v["bytes_per_second"] / 1e6)
-            for axes, across in places:
-                axes.annotate(short(v["context"]), (across, height), xytext=(5, 5), textcoords="offset points")
-        edges = edges_of(longest)
-        middles = [math.sqrt(low * high) if low else high / 2 for low, high in pairwise(edges)]
+        style: dict[str, Any] = {"color": COLORS[n], "marker": MARKERS[n], "capsize": 3}
+        for axes, value in zip(panels, across.values(), strict=True):
+            places = [value(v) for v in mine.values()]
+            axes.errorbar(places, bits, yerr=errors, label=words, **style)
+            for v, place, height in zip(mine.values(), places, bits, strict=True):
+                axes.annotate(short(v["context"]), (place, height), xytext=(6, 6), textcoords="offset points")
         means, errors = curve(results, f"{kind}-{longest}", "bits_by_position")
-        position.errorbar(middles, means, yerr=errors, **(style | {"label": f"{words}, {short(longest)}"}))
-    shortest = min(results["scale"]["contexts"])
+        position.errorbar(middles, means, yerr=errors, label=f"{words}, {short(longest)}", **style)
     means, errors = curve(results, f"dense-{shortest}", "bits_by_position")
     position.errorbar(middles, means, yerr=errors, color="#888888", linestyle=":", label=f"dense, {short(shortest)}")
-    work.set(xlabel="operations of attention a byte, forward (log scale)", ylabel="bits per byte, second half of 32K")
-    work.set_xscale("log")
-    time.set(xlabel="megabytes a second in training")
+    for axes, words in zip(panels, across, strict=True):
+        axes.set(xlabel=words, ylabel=f"bits per byte, second half of {short(longest)}", xscale="log")
     position.set(xlabel="position in the window (bytes, log scale)", ylabel="bits per byte")
     position.set_xscale("log", base=2)
     position.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     position.xaxis.set_minor_locator(NullLocator())
-    for axes in (work, time, position):
+    for axes in (*panels, position):
         axes.grid(True, color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -162,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     longest = max(results["scale"]["contexts"])
     print(table(results), end="\n\n")
     print(position_table(results, "bits_by_position", [f"{kind}-{longest}" for kind in KINDS]), end="\n\n")
-    print(position_table(results, "own_context_bits_by_position", list(results["variants"])))
+    print(position_table(results, "own_context_bits_by_position", list(results["variants"])), end="\n\n")
+    print(restricted_table(results))
     given.picture.parent.mkdir(parents=True, exist_ok=True)
     replace_file(given.picture, [draw(results)])
 

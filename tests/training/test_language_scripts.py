@@ -141,6 +141,32 @@ def test_the_report_compares_seed_by_seed(script: Any):
     assert math.isnan(found["dense-4"]["bits_per_byte_error"])
 
 
+def test_the_page_shows_what_was_measured(script: Any):
+    report, page = script("language_report"), (BENCHMARKS.parent / "docs" / "quality.md").read_text()
+    results = json.loads((BENCHMARKS / "results" / "language.json").read_text())["results"]
+    names = list(results["variants"])
+    at_32k = ["dense-32768", "longnet-32768", "window-32768"]
+    assert report.table(results) in page
+    assert report.position_table(results, "bits_by_position", at_32k) in page
+    assert report.position_table(results, "own_context_bits_by_position", names) in page
+    for line in report.restricted_table(results).splitlines()[2:]:
+        assert line.split("|")[2].split("±")[0].strip() in page
+
+
+def test_speed_has_a_column_and_a_panel_where_it_was_measured(script: Any):
+    report = script("language_report")
+    results = json.loads((BENCHMARKS / "results" / "language.json").read_text())["results"]
+    for variant in results["variants"].values():
+        variant.pop("bytes_per_second", None)
+    untimed = report.draw(results)
+    for n, variant in enumerate(results["variants"].values()):
+        variant["bytes_per_second"] = 1e6 * (n + 1)
+    heads, _, first, *_ = report.table(results).splitlines()
+    assert heads.split(" | ")[3] == "training, MB/s"
+    assert first.split(" | ")[3] == "1.00"
+    assert report.draw(results) != untimed
+
+
 def test_the_cache_is_filled_to_each_context_and_bounded(script: Any):
     config = LongNetLMConfig(
         context_length=64, embed_dim=32, num_layers=2, num_heads=4, segment_lengths=(16, 64), dilation_rates=(1, 4)
