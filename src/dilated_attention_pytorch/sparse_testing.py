@@ -135,7 +135,7 @@ def sparse_violations(
     """
     tensors, options = case.tensors(), case.sparse_options()
     heads, queries = case.kv_heads * case.group, case.query_rows or case.key_rows
-    where = {name: options.get(name) for name in ("key_padding_mask", "cu_seqlens")}
+    where: dict[str, Any] = {name: options.get(name) for name in ("key_padding_mask", "cu_seqlens")}
     where |= {"is_causal": case.is_causal, "key_start": options["key_start"]}
     found_counts = (
         multiset(case.pattern, heads, case.batch, case.key_rows, queries, **where)

@@ -17,6 +17,7 @@ from dilated_attention_pytorch import (
     Union,
     sparse_attention_with_lse,
 )
+from dilated_attention_pytorch.backends import gluon
 from dilated_attention_pytorch.sparse_testing import SparseCase, sparse_violations
 
 pytestmark = pytest.mark.gpu
@@ -50,11 +51,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def case_of(options, **rest) -> SparseCase:
+def case_of(options, block_size: int = 16, **rest) -> SparseCase:
     given = {"seed": 3, "key_rows": 141, "kv_heads": 2, "head_dim": 16, "pattern": LocalWindow(16, 16), **options}
     if given["pattern"] == "list":
-        shown = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(1)) < 0.4
-        given["pattern"] = BlockList.from_mask(shown, block_size=16)
+        shown = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.4
+        given["pattern"] = BlockList.from_mask(shown, block_size=block_size)
     return SparseCase(**{**given, **rest})
 
 
@@ -67,6 +68,43 @@ def case_of(options, **rest) -> SparseCase:
 def test_bound_b_of_every_option_of_triton(name, dtype, dropout_p):
     case = case_of(OPTIONS[name], grad_lse=True, dtype=getattr(torch, dtype), dropout_p=dropout_p)
     assert not (found := sparse_violations(case, ("triton",), device="cuda")), "\n".join(found)
+
+
+HOPPER = {
+    "local_64": {"pattern": LocalWindow(128, 64)},
+    "local_128": {"pattern": LocalWindow(128, 128)},
+    "global_64": {"pattern": GlobalLocal(64, 1, (300,), 64)},
+    "random_64_per_head": {"pattern": RandomBlocks(2, 1, 64)},
+    "random_128_grouped": {"pattern": RandomBlocks(2, 1, 128), "kv_heads": 2, "group": 3},
+    "shared_grouped": {"pattern": GlobalLocal(128, 1), "kv_heads": 1, "group": 3},
+    "dilated_64": {"pattern": DilatedBlocks((192, 576), (1, 3), 64), "kv_heads": 4},
+    "list_64": {"pattern": "list"},
+    "packed": {"cuts": (5, 300, 390), "pattern": GlobalLocal(64, 1, block_size=64)},
+    "chunk": {"query_rows": 300, "key_start": 77, "pattern": LocalWindow(128, 64)},
+    "left_padding": {"key_start": (-300, -2), "batch": 2, "pattern": GlobalLocal(128, 1)},
+    "projection": {"pattern": LocalWindow(64, 64), "layouts": ("packed", "packed", "packed", "heads_first")},
+}  # fmt: skip
+
+
+@pytest.fixture
+def hopper() -> None:
+    if reason := gluon.unavailable():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("grad_lse", [False, True], ids=["out", "out_and_lse"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("name", HOPPER)
+def test_bound_b_of_the_hopper_kernels(name, is_causal, grad_lse):
+    found = []
+    for dtype, head_dim in (("bfloat16", 128), ("float16", 48)) if grad_lse else (("bfloat16", 64), ("float16", 96)):
+        case = case_of(
+            {"key_rows": 700, **HOPPER[name]}, is_causal=is_causal, grad_lse=grad_lse, head_dim=head_dim,
+            dtype=getattr(torch, dtype), block_size=64,
+        )  # fmt: skip
+        found += sparse_violations(case, ("gluon",), device="cuda")
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -101,11 +139,14 @@ def test_rows_that_select_for_themselves():
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("block_size", [64, 128])
-def test_exp_lse_is_the_number_of_keys(block_size, is_causal):
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+def test_exp_lse_is_the_number_of_keys(backend, block_size, is_causal):
+    if backend == "gluon" and (reason := gluon.unavailable()):
+        pytest.skip(reason)
     rows, heads, window = 200_011, 4, 1024
     key = torch.randn(1, rows, heads, 64, device="cuda", dtype=torch.bfloat16)
     pattern = LocalWindow(window, block_size)
-    _, lse = sparse_attention_with_lse(torch.zeros_like(key), key, key, pattern, is_causal=is_causal, backend="triton")
+    _, lse = sparse_attention_with_lse(torch.zeros_like(key), key, key, pattern, is_causal=is_causal, backend=backend)
     block = torch.arange(rows) // block_size
     first = (block * block_size - window).clamp(min=0)
     last = torch.arange(rows) + 1 if is_causal else ((block + 1) * block_size + window).clamp(max=rows)

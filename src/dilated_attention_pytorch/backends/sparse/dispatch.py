@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..dispatch import Computes, check_name, select
-from . import reference, sdpa, triton
+from . import gluon, reference, sdpa, triton
 from .problem import SparseProblem
 
-SPARSE_BACKENDS: dict[str, Computes[SparseProblem]] = {"sdpa": sdpa, "triton": triton, "reference": reference}
+SPARSE_BACKENDS: dict[str, Computes[SparseProblem]] = {
+    "gluon": gluon, "sdpa": sdpa, "triton": triton, "reference": reference
+}  # fmt: skip
 """Every backend of block-sparse attention."""
 
 
 def preference(device: str) -> tuple[str, ...]:
     """The backends that "auto" tries, the fastest first."""
-    return ("triton", "sdpa", "reference") if torch.device(device).type == "cuda" else ("sdpa", "reference")
+    return ("gluon", "triton", "sdpa", "reference") if torch.device(device).type == "cuda" else ("sdpa", "reference")
 
 
 def check_sparse_backend(name: str) -> None:

@@ -116,7 +116,8 @@ def parts(plan: BlockPlan, heads: int, kv_heads: int, width: int, *, is_causal: 
     if is_causal:
         own = plan.query_tiles[entry_row % count].long()
         other = plan.key_tiles[column].long()
-        diagonal = own[:, 2] // size == other[:, 2] // size
+        # Of a block that lies on several ranks a tile may hold the rows before the query's alone: all are seen.
+        diagonal = (own[:, 2] // size == other[:, 2] // size) & (other[:, 2] + other[:, 3] > own[:, 2])
     per_call = max(1, _GATHERED // (size * width))
     regular = ~diagonal & ~ragged[column]
     yield from _regular(plan, entry_row[regular], column[regular], heads, kv_heads, per_call)
@@ -124,12 +125,21 @@ def parts(plan: BlockPlan, heads: int, kv_heads: int, width: int, *, is_causal: 
     alone = ~regular
     if not bool(alone.any()):
         return
-    # Causal squares and ragged tiles: one key tile a problem, alike in which of its rows exist.
-    kind = (diagonal.long() * size + low[column]) * (size + 1) + high[column]
+    # Causal squares and ragged tiles: one key tile a problem, alike in which of its rows exist, no query tile twice.
+    entry_row, column, kind = (
+        given[alone]
+        for given in (entry_row, column, (diagonal.long() * size + low[column]) * (size + 1) + high[column])
+    )
+    order = torch.argsort(kind * plan.counts.numel() + entry_row, stable=True)
+    entry_row, column, kind = entry_row[order], column[order], kind[order]
+    same = torch.zeros_like(kind)
+    same[1:] = (kind.diff() == 0) & (entry_row.diff() == 0)
+    turn = same.cumsum(0) - torch.where(same == 0, same.cumsum(0), 0).cummax(0).values
     row_heads = 1 if plan.per_head else heads
-    for value in torch.unique(kind[alone]).tolist():
-        chosen = alone & (kind == value)
-        rest, top = divmod(value, size + 1)
+    kind = kind + turn * 2 * size * (size + 1)
+    for value in torch.unique(kind).tolist():
+        chosen = kind == value
+        rest, top = divmod(value % (2 * size * (size + 1)), size + 1)
         square, bottom = divmod(rest, size)
         rows, tiles = _every_head(entry_row[chosen], column[chosen][:, None], row_heads, count)
         tiles = tiles + (rows // count * kv_heads // heads * keys)[:, None]
