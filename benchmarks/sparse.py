@@ -4,10 +4,10 @@
                                 [--repeat-ms 100] [--once] [--output FILE]
 
 "90" and "50" are windows and global tokens that leave out so many percent of the pairs of N = 65536, "short" are both
-at N = 4096, "block64" is "90" with blocks of 64. bfloat16, H = 16, D = 128. A ratio is the time of the faster of
-cuDNN's and flash's dense kernels over that of the call, in the same run; "kept" is the listed share of the blocks that
-dense attention computes, so 1 / kept is what a kernel of dense speed would reach. --once runs everything once and
-times nothing: it fills the compilers' caches.
+at N = 4096, "block64" is "90" with blocks of 64. bfloat16, H = 16, D = 128. Beside the library's backends "flex" is
+PyTorch's FlexAttention. A ratio is the time of the faster of cuDNN's and flash's dense kernels over that of the call,
+in the same run; "kept" is the listed share of the blocks that dense attention computes, so 1 / kept is what a kernel
+of dense speed would reach. --once runs everything once and times nothing: it fills the compilers' caches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,37 @@ def dense(n: int, causal: bool, repeat_ms: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def flex(pattern: Any, n: int, causal: bool) -> Callable[..., torch.Tensor]:
+    """PyTorch's FlexAttention, compiled, with a BlockMask made from the lists; tensors (1, n, H, D)."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    shape, documents = Shape(1, n, n, H, H, D, D), (Document(0, 1, 0, n, 0, n),)
+    options = Options(causal, D**-0.5, 0.0, "mask", "exact")
+    plan = SparseProblem(pattern, shape, options, documents, torch.bfloat16, "cuda").plan
+    rows = n // plan.block_size
+    listed = torch.zeros(rows, rows, dtype=torch.bool, device="cuda")
+    listed[plan.entry_rows, plan.columns.long()] = True
+    halved = listed & torch.eye(rows, dtype=torch.bool, device="cuda") if causal else torch.zeros_like(listed)
+
+    def counted(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.argsort(mask.int(), dim=1, descending=True, stable=True).int()
+        return mask.sum(1).int()[None, None], order[None, None].contiguous()
+
+    mask = BlockMask.from_kv_blocks(
+        *counted(halved),
+        *counted(listed & ~halved),
+        BLOCK_SIZE=plan.block_size,
+        mask_mod=lambda b, h, i, j: i >= j,
+        seq_lengths=(n, n),
+    )
+    compiled = torch.compile(flex_attention)
+
+    def attend(*given: torch.Tensor) -> torch.Tensor:
+        return compiled(*(t.transpose(1, 2) for t in given), block_mask=mask).transpose(1, 2)
+
+    return attend
+
+
 def measure(name: str, causal: bool, backend: str, repeat_ms: int) -> dict[str, Any]:
     """One row through one backend: times, ratios to dense, peak memory."""
     n, pattern = ROWS[name]
@@ -99,16 +130,24 @@ def measure(name: str, causal: bool, backend: str, repeat_ms: int) -> dict[str, 
     result: dict[str, Any] = {
         "row": name, "n": n, "h": H, "d": D, "pattern": repr(pattern), "causal": causal, "backend": backend
     }  # fmt: skip
+    start = time.perf_counter()
     try:
-        plan = explain_sparse(*leaves, pattern, is_causal=causal, backend=backend)
-        out = sparse_attention(*leaves, pattern, is_causal=causal, backend=backend)
+        plan = explain_sparse(*leaves, pattern, is_causal=causal, backend="auto" if backend == "flex" else backend)
+        if backend == "flex":
+            attend = flex(pattern, n, causal)
+        else:
+            attend = partial(sparse_attention, pattern=pattern, is_causal=causal, backend=backend)
+        out = attend(*leaves)
     except ValueError as error:
         return result | {"refused": str(error)}
+    torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    torch.cuda.synchronize()
+    first_seconds = time.perf_counter() - start
     other = dense(n, causal, repeat_ms)
 
     def forward() -> object:
         with torch.no_grad():
-            return sparse_attention(*leaves, pattern, is_causal=causal, backend=backend)
+            return attend(*leaves)
 
     def backward() -> object:
         return torch.autograd.grad(out, leaves, grad, retain_graph=True)
@@ -125,7 +164,8 @@ def measure(name: str, causal: bool, backend: str, repeat_ms: int) -> dict[str, 
         peaks[one] = (torch.cuda.max_memory_allocated() - before) / 2**20
         del kept
     return result | {
-        "chosen": [plan.backend, plan.backend_backward],
+        "chosen": [backend, backend] if backend == "flex" else [plan.backend, plan.backend_backward],
+        "first_call_seconds": first_seconds,
         "kept": plan.blocks / plan.dense_blocks,
         "ms": ms,
         "dense_ms": best,

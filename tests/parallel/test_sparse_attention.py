@@ -86,7 +86,7 @@ def needed_rows(case, answers, counts):
 
     A block travels whole, but for rows that nobody is to see: those of a block that has a pair.
     """
-    size, group = case.pattern.block_size, case.group
+    group = case.group
     owner = torch.empty(case.key_rows, dtype=torch.int64)
     for rank, (_, answer) in enumerate(answers):
         owner[torch.from_numpy(answer["rows"])] = rank
@@ -105,18 +105,20 @@ def needed_rows(case, answers, counts):
         for source in range(world):
             if source != target:
                 found[source][target] = int(met[..., owner == source].sum())
-    assert size
     return found
 
 
-RUNS = (("gather", "contiguous", 2), ("ring", "contiguous", 4), ("gather", "zigzag", 4), ("ring", "zigzag", 3))
+RUNS = (
+    (("gather", "contiguous", 2), ("ring", "zigzag", 3)),
+    (("ring", "contiguous", 4), ("gather", "zigzag", 4), ("auto", "contiguous", 1)),
+)  # random calls draw from all combinations
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equal_to_the_oracle_and_bytes_are_those_of_the_needed_blocks(pool, name):
     case = case_of(name)
     counts = pairs(case)
-    for strategy, layout, world in (("auto", "contiguous", 1), *RUNS):
+    for strategy, layout, world in RUNS[list(CASES).index(name) % 2]:
         answers = pool.run("attend_sparse", world, case, strategy, layout)
         check(case, answers, counts)
         needed, itemsize = needed_rows(case, answers, counts), case.dtype.itemsize
@@ -137,14 +139,14 @@ def test_content_selects_over_ranks_what_it_selects_on_one_device(pool, pooling,
     from dilated_attention_pytorch import sparse_attention_with_lse
 
     content = ContentTopK(1, always_first=1, pooling=pooling, block_size=16)
-    for pattern in (content, Union((content, LocalWindow(16, 16)))):
+    for pattern, runs in ((content, RUNS[0][1:]), (Union((content, LocalWindow(16, 16))), RUNS[1][:2])):
         case = SparseCase(
-            seed=4, key_rows=118, kv_heads=2, group=2, head_dim=8, batch=2, pattern=pattern, is_causal=is_causal,
+            seed=4, key_rows=86, kv_heads=1, group=2, head_dim=8, batch=2, pattern=pattern, is_causal=is_causal,
             dtype=torch.float64, hidden="random", grad_lse=True,
         )  # fmt: skip
         attend = partial(sparse_attention_with_lse, pattern=pattern, **case.sparse_options())
         expected = results(attend, case.tensors(), grad_lse=True)
-        for strategy, layout, world in RUNS[1:]:
+        for strategy, layout, world in runs:
             answers = pool.run("attend_sparse", world, case, strategy, layout)
             got = assemble(answers, case)
             for name in RESULTS:
@@ -213,7 +215,7 @@ def calls(seed: int):
 
 
 @pytest.mark.parametrize(
-    "count", [40, pytest.param(1000, marks=[pytest.mark.full, pytest.mark.timeout(7200)])], ids=["some", "many"]
+    "count", [30, pytest.param(1000, marks=[pytest.mark.full, pytest.mark.timeout(7200)])], ids=["some", "many"]
 )
 def test_bound_b_of_random_calls(pool, count):
     for _ in range(count):

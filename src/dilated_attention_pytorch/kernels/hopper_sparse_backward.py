@@ -67,12 +67,12 @@ def _list_producer(
         fence_async_shared()
         if direct:
             mbarrier.expect(kv_full, 4 * 64 * DP * 2)
-            for g in gl.static_range(2):
+            for half in gl.static_range(2):
                 tma.async_copy_global_to_shared(
-                    k_d, [own + 64 * g, 0, kv_head, 0], kv_full, _as_4d(k_s.index(g), 64, DP, 16)
+                    k_d, [own + 64 * half, 0, kv_head, 0], kv_full, _as_4d(k_s.index(half), 64, DP, 16)
                 )
                 tma.async_copy_global_to_shared(
-                    v_d, [own + 64 * g, 0, kv_head, 0], kv_full, _as_4d(v_s.index(g), 64, DP, 16)
+                    v_d, [own + 64 * half, 0, kv_head, 0], kv_full, _as_4d(v_s.index(half), 64, DP, 16)
                 )
         mbarrier.arrive(kv_full, count=1, pred=direct == 0)
         turn += 1

@@ -117,7 +117,7 @@ def select_over_ranks(
     if mask is not None:
         exists = exists & (found[-1][0, :, 0, 0] == 0)[rows.rows]
     acc = accumulator_dtype(key.dtype)
-    summaries = content.summaries(rows.tiled(found[0]).to(acc), exists)  # (G, owned, parts, D)
+    summaries = content.summaries(rows.tiled(found[0]), exists, acc)  # (G, owned, parts, D)
     known = summaries.new_zeros(summaries.shape[0], total, *summaries.shape[2:])
     filled = torch.zeros(total, dtype=torch.bool, device=key.device)
     known[:, owned], filled[owned] = summaries, exists.any(1)

@@ -93,7 +93,9 @@ def spread(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """(index of the item, value) for the values first, first + 1, ..., of which item i has ``count[i]``."""
     item = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     before = count.cumsum(0) - count
-    return item, torch.arange(len(item), device=count.device) + (first - before)[item]
+    value = torch.arange(len(item), device=count.device)
+    value += (first - before)[item]
+    return item, value
 
 
 def entries_of_runs(query: QueryBlocks, runs: Iterable[Run]) -> Entries:
@@ -108,9 +110,14 @@ def entries_of_runs(query: QueryBlocks, runs: Iterable[Run]) -> Entries:
         inside = (limit - first + step - 1).div(step, rounding_mode="floor")
         last = torch.minimum(length, inside)
         row, place = spread(skipped, (last - skipped).clamp(min=0))
+        place *= step
+        place += first[row]
         rows.append(row)
-        columns.append(first[row] + step * place)
-    return Entries(torch.cat(rows), torch.cat(columns))
+        columns.append(place)
+        del row, place  # of a million rows every copy counts
+    joined = torch.cat(rows)
+    rows.clear()
+    return Entries(joined, torch.cat(columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +227,11 @@ def plan_of(tiles: Tiles, entries: Entries, *, heads: int, block_size: int) -> B
     exists = column < query.limit[tile]
     if bool(tiles.first_block.any()):  # older keys were dropped
         exists &= column >= tiles.first_block[tile]
-    flat = row * keys + (tiles.first_tile - tiles.first_block)[tile] + column
+    flat = row * keys
+    flat += column
+    shift = tiles.first_tile - tiles.first_block
+    if bool(shift.any()):  # documents, or dropped keys: blocks are no tiles
+        flat += shift[tile]
     if not bool(exists.all()):
         flat = flat[exists]
         whole, bits = (None if given is None else given[exists] for given in (whole, bits))

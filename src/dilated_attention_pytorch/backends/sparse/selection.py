@@ -34,7 +34,7 @@ def _select(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """(B, H, Nq, keep) int32: blocks that every query row selects, -1 for none."""
+    """(B, H, Nq, keep) int32: blocks that query rows select, -1 for none; not causal, at a tile's first row alone."""
     content: ContentTopK = decode(pattern)
     batch, rows, heads, dim = query.shape
     kv_heads = key.shape[2]
@@ -66,7 +66,8 @@ def _fill(
     exists = other.exists
     if mask is not None:
         exists = exists & ~other.tiled(mask[:, :, None, None])[0, ..., 0]
-    summaries = content.summaries(other.tiled(key).to(acc), exists)  # (G, S, parts, D)
+    alone = None if mask is None and other.complete else exists
+    summaries = content.summaries(other.read(key), alone, acc)  # (G, S, parts, D)
     scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
     choose_blocks(found, content, query, own, tiles, summaries, exists.any(1), scale)
 
@@ -84,7 +85,8 @@ def choose_blocks(
     """Write what the rows of every query tile select into ``found`` (B, H, Nq, keep), a few tiles at a time.
 
     Args:
-        found: its B * Nq rows are the first of the flat rows that ``own`` counts; the others select nothing.
+        found: its B * Nq rows are the first of the flat rows that ``own`` counts; the others select nothing. Not
+            causal, only the first row of a tile is written.
         content: the pattern.
         query: (B, N, H, D), of whose flat rows ``own`` says which lie in a query tile.
         own: (T, b) for each query tile.
@@ -94,7 +96,10 @@ def choose_blocks(
         scale: factor of the scores.
     """
     size, blocks, acc, heads = content.block_size, tiles.queries, accumulator_dtype(query.dtype), query.shape[2]
-    queries = own.tiled(query)  # (H, T, b, D)
+    queries = own.read(query)  # (H, T, b, D)
+    if not blocks.is_causal:
+        number = own.exists.sum(1).clamp(min=1)[:, None, None]
+        queries = queries.sum(2, keepdim=True, dtype=acc) / number
     shift = tiles.first_tile - tiles.first_block  # block -> key tile
     low, high = content.candidates(blocks)
     low, high = torch.maximum(low, tiles.first_block) + shift, high + shift
@@ -113,16 +118,16 @@ def choose_blocks(
         if not blocks.is_causal:
             distance = columns - (blocks.block + shift)[here, None]
             allowed &= distance.abs() > content.always_local
-        q = queries[:, here].to(acc)  # (H, t, b, D)
-        if not blocks.is_causal:
-            number = own.exists[here].sum(1).clamp(min=1)[:, None, None]
-            q = q.sum(2, keepdim=True) / number
+        q = queries[:, here].to(acc)  # (H, t, b or 1, D)
         q = q.unflatten(0, (-1, group)).flatten(2, 3)  # (G, group, t * rows, D)
         known = summaries[:, None, first : first + len(columns)]
         mine = content.select(q, known, allowed.repeat_interleave(per_tile, 0), scale)
         mine = mine.flatten(0, 1).unflatten(1, (-1, per_tile))  # (H, t, rows, keep)
         block = torch.where(mine >= 0, mine + (first - shift[here])[None, :, None, None], -1).int()
-        block = block.expand(-1, -1, size, -1)
+        if not blocks.is_causal:
+            batch, row = blocks.tiles[here, :2].long().unbind(1)
+            found[batch, :, row] = block[:, :, 0].transpose(0, 1)
+            continue
         places = own.rows[here][written[here]]
         batch, row = places // rows, places % rows
         found[batch, :, row] = block.transpose(0, 1).transpose(1, 2)[written[here]]

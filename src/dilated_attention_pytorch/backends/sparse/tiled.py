@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,11 +22,30 @@ _LONG = 4
 """Tiles that a view must span on average to be worth a call, and a merge, of its own."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """Where the rows of a table of tiles lie: flat row (tiles, b) in (B * N) rows, and which of them exist."""
 
     rows: Tensor
     exists: Tensor
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether all rows of all tiles exist."""
+        return bool(self.exists.all())
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether the tiles are complete and follow one another from flat row 0 on."""
+        in_turn = self.rows[:, 0] == torch.arange(len(self.rows), device=self.rows.device) * self.rows.shape[1]
+        return self.complete and bool(in_turn.all())
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """(heads, tiles, b, D) of a (B, N, heads, D) tensor to read from: a view where the tiles are regular."""
+        count, size = self.rows.shape
+        if self.regular and count * size == tensor.shape[0] * tensor.shape[1]:
+            return tensor.flatten(0, 1).unflatten(0, (count, size)).permute(2, 0, 1, 3)
+        return self.tiled(tensor)
 
     def tiled(self, tensor: Tensor) -> Tensor:
         """(heads, tiles, b, D) of a (B, N, heads, D) tensor, contiguous; zeros where no row exists."""
@@ -34,7 +53,7 @@ class Layout(NamedTuple):
         found = flat.new_empty(tensor.shape[2], *self.rows.shape, tensor.shape[3])
         picked = flat.index_select(0, self.rows.clamp(0, flat.shape[0] - 1).reshape(-1))
         found.copy_(picked.unflatten(0, self.rows.shape).permute(2, 0, 1, 3))
-        if not bool(self.exists.all()):
+        if not self.complete:
             found.masked_fill_(~self.exists[..., None], 0)
         return found
 
