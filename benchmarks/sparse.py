@@ -1,13 +1,14 @@
 """A GPU: block-sparse attention against the best dense kernel; lists of a million rows; what choosing by content costs.
 
     python benchmarks/sparse.py [--rows 90,50,short,block64] [--parts speed,lists,selection] [--backends auto]
-                                [--repeat-ms 100] [--once] [--output FILE]
+                                [--dense cudnn,flash] [--causal 0,1] [--repeat-ms 100] [--once] [--output FILE]
 
 "90" and "50" are windows and global tokens that leave out so many percent of the pairs of N = 65536, "short" are both
 at N = 4096, "block64" is "90" with blocks of 64. bfloat16, H = 16, D = 128. Beside the library's backends "flex" is
 PyTorch's FlexAttention. A ratio is the time of the faster of cuDNN's and flash's dense kernels over that of the call,
 in the same run; "kept" is the listed share of the blocks that dense attention computes, so 1 / kept is what a kernel
-of dense speed would reach. --once runs everything once and times nothing: it fills the compilers' caches.
+of dense speed would reach. --once runs everything once and times nothing: it fills the compilers' caches. Before anything is timed a window over everything has to equal PyTorch's
+dense attention, gradients included.
 """
 
 from __future__ import annotations
@@ -72,11 +73,28 @@ def tensors(n: int, count: int = 4) -> list[torch.Tensor]:
     return [torch.randn(1, n, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
 
 
+def compare_with_dense(causal: bool, backend: str) -> None:
+    """AssertionError unless a window over everything gives dense attention and its gradients."""
+    given = tensors(4096)
+    results = []
+    for sparse in (True, False):
+        leaves = [t.clone().requires_grad_() for t in given[:3]]
+        if sparse:
+            out = sparse_attention(*leaves, LocalWindow(4096), is_causal=causal, backend=backend)
+        else:
+            views = (t.transpose(1, 2) for t in leaves)
+            out = torch.nn.functional.scaled_dot_product_attention(*views, is_causal=causal).transpose(1, 2)
+        results.append([out, *torch.autograd.grad(out, leaves, given[3])])
+    for a, b in zip(*results, strict=True):
+        error = float((a.float() - b.float()).abs().max() / b.float().abs().max())
+        assert error < 0.02, f"{backend}: {error}"
+
+
 @cache
-def dense(n: int, causal: bool, repeat_ms: int) -> dict[str, dict[str, float]]:
+def dense(n: int, causal: bool, repeat_ms: int, kernels: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Milliseconds of each dense kernel, forward and backward."""
     found = {}
-    for name in ("cudnn", "flash"):
+    for name in kernels:
         kernel = find_kernel("cuda", torch.bfloat16, D, name=name)
         assert not isinstance(kernel, str), kernel
         q, k, v, g = (t.transpose(1, 2).contiguous() for t in tensors(n))
@@ -122,7 +140,7 @@ def flex(pattern: Any, n: int, causal: bool) -> Callable[..., torch.Tensor]:
     return attend
 
 
-def measure(name: str, causal: bool, backend: str, repeat_ms: int) -> dict[str, Any]:
+def measure(name: str, causal: bool, backend: str, repeat_ms: int, kernels: tuple[str, ...]) -> dict[str, Any]:
     """One row through one backend: times, ratios to dense, peak memory."""
     n, pattern = ROWS[name]
     q, k, v, grad = tensors(n)
@@ -143,7 +161,7 @@ def measure(name: str, causal: bool, backend: str, repeat_ms: int) -> dict[str, 
     torch.autograd.grad(out, leaves, grad, retain_graph=True)
     torch.cuda.synchronize()
     first_seconds = time.perf_counter() - start
-    other = dense(n, causal, repeat_ms)
+    other = dense(n, causal, repeat_ms, kernels)
 
     def forward() -> object:
         with torch.no_grad():
@@ -202,7 +220,7 @@ def lists(name: str, causal: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def selection(name: str, causal: bool, repeat_ms: int) -> dict[str, Any]:
+def selection(name: str, causal: bool, repeat_ms: int, kernels: tuple[str, ...]) -> dict[str, Any]:
     """The time of choosing blocks, of choosing and listing them, and of the whole call."""
     n, pattern = CHOICES[name]
     q, k, v = tensors(n, 3)
@@ -226,7 +244,7 @@ def selection(name: str, causal: bool, repeat_ms: int) -> dict[str, Any]:
         "choose_ms": milliseconds(choose, repeat_ms),
         "list_ms": milliseconds(listed, repeat_ms),
         "call_ms": milliseconds(call, repeat_ms),
-        "dense_ms": min(kernel["forward"] for kernel in dense(n, causal, repeat_ms).values()),
+        "dense_ms": min(kernel["forward"] for kernel in dense(n, causal, repeat_ms, kernels).values()),
     }
 
 
@@ -236,11 +254,14 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--parts", default="speed,lists,selection")
     parser.add_argument("--backends", default="auto")
+    parser.add_argument("--dense", default="cudnn,flash", help="kernels to compare with")
+    parser.add_argument("--causal", default="0,1")
     parser.add_argument("--repeat-ms", type=int, default=100)
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sparse_h200.json")
     given = parser.parse_args()
     repeat_ms = 0 if given.once else given.repeat_ms
+    kernels, flags = tuple(given.dense.split(",")), [flag == "1" for flag in given.causal.split(",")]
     torch.manual_seed(0)
     results: dict[str, list[dict[str, Any]]] = {part: [] for part in given.parts.split(",")}
 
@@ -252,10 +273,14 @@ def main() -> None:
         torch.cuda.empty_cache()
 
     if "speed" in results:
+        for causal in flags:
+            for backend in given.backends.split(","):
+                if backend != "flex":
+                    compare_with_dense(causal, backend)
         for name in given.rows.split(","):
-            for causal in (False, True):
+            for causal in flags:
                 for backend in given.backends.split(","):
-                    found = measure(name, causal, backend, repeat_ms)
+                    found = measure(name, causal, backend, repeat_ms, kernels)
                     label = f"{name}{' causal' if causal else ''} {backend}"
                     line = f"{label:<28} {found.get('refused', '')}"
                     if "ms" in found:
@@ -267,14 +292,14 @@ def main() -> None:
                     keep("speed", found, line)
     if "lists" in results:
         for name in MILLION:
-            for causal in (False, True):
+            for causal in flags:
                 found = lists(name, causal)
                 line = f"{name:<20} {found['entries']:>10,} blocks {found['ms']:.1f} ms, {found['peak_mb']:.0f} MB"
                 keep("lists", found, line)
     if "selection" in results:
         for name in CHOICES:
-            for causal in (False, True):
-                found = selection(name, causal, repeat_ms)
+            for causal in flags:
+                found = selection(name, causal, repeat_ms, kernels)
                 line = (
                     f"{name}{' causal' if causal else ''}: choosing {found['choose_ms']:.2f} ms, listing "
                     f"{found['list_ms']:.2f} ms, whole call {found['call_ms']:.2f} ms"

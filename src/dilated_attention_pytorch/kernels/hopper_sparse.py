@@ -29,6 +29,7 @@ from .hopper_producer import (
     load_rows,
     write_record,
 )
+from .launching import launch
 
 
 @gluon.jit
@@ -195,7 +196,10 @@ def forward(
     if not len(tiles):
         return
     spec, tuning = _spec(heads, kv_heads, dim, is_causal), tuning_of(dim, is_causal)
-    sparse_forward_kernel[(min(_processors(query.device), len(tiles)),)](
+    launch(
+        sparse_forward_kernel,
+        (spec, query.dtype),
+        min(_processors(query.device), len(tiles)),
         spec,
         _descriptor(query, 1, BLOCK_ROWS // 2, spec.padded),
         _descriptor(out, 1, BLOCK_ROWS // 2, spec.padded),
@@ -212,5 +216,4 @@ def forward(
         scale * math.log2(math.e),
         tuning.consumer_registers,
         tuning.producer_registers,
-        num_warps=4,
     )

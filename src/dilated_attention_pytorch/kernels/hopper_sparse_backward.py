@@ -7,7 +7,6 @@ by; here the producer reads from lists which ones. `backends.sparse.rectangles` 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -27,6 +26,10 @@ from .hopper_backward import (
     _view,
 )
 from .hopper_backward_kernel import LONGEST, _as_4d, _consumer, _put, _writer
+from .launching import launch
+
+_ONE_PASS = 64 << 20
+"""Bytes of float32 sums of dQ up to which all heads are done in one pass: more passes only cost the host time."""
 
 
 @gluon.jit
@@ -241,12 +244,17 @@ def backward(
     padded = triton.next_power_of_2(d)
     total, group = batches * query_rows, heads // kv_heads
     sums = torch.empty(batches, heads, query_rows, dtype=torch.int64, device=query.device)
-    _row_kernel[(triton.cdiv(query_rows, 64) * batches * heads,)](
-        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), sums, query_rows,
-        *out.stride()[:3], *grad_out.stride()[:3], heads, d, padded, 64, num_warps=4,
+    outs, grads = out.stride()[:3], grad_out.stride()[:3]
+    launch(
+        _row_kernel, (query.dtype, grad_lse is None, outs, grads, heads, d),
+        triton.cdiv(query_rows, 64) * batches * heads, out, grad_out, lse.contiguous(),
+        None if grad_lse is None else grad_lse.contiguous(), sums, query_rows, *outs, *grads, heads, d, padded, 64,
     )  # fmt: skip
-    per_pass = _heads_per_pass(query, key)
-    scratch = torch.empty((2, 1, total, per_pass * group, d), dtype=torch.float32, device=query.device)
+    one = total * group * d * 4
+    per_pass = kv_heads if kv_heads * one <= _ONE_PASS else _heads_per_pass(query, key)
+    passes = range(0, kv_heads, per_pass)
+    lanes = min(len(passes), 2)
+    scratch = torch.zeros((lanes, 1, total, per_pass * group, d), dtype=torch.float32, device=query.device)
     block, stages, registers = _tuning(padded)
     constants = (
         heads, kv_heads, d, padded, block, stages, 1, 1, is_causal, False, (LONGEST,), (1,), False
@@ -254,33 +262,29 @@ def backward(
     reads = [_view(t, 1, 64, padded, batches * key_rows) for t in (key, value)]
     reads += [_view(t, 1, block, padded, total) for t in (query, grad_out)]
     writes = [_view(part, 1, block, padded // 2, total) for part in scratch]
-    passes = range(0, kv_heads, per_pass)
     counters = torch.zeros(len(passes), 4, dtype=torch.int32, device=query.device)
     order_step = len(tiles) if order.shape[0] > 1 else 0
     list_step = len(tiles) if len(segments) > len(tiles) else 0
     main = torch.cuda.current_stream(query.device)
-    lanes = (main, _side_stream(query.device))
-    lanes[1].wait_stream(main)
-    compiled: Any = None
+    streams = (main, _side_stream(query.device))[:lanes]
+    if lanes > 1:
+        streams[1].wait_stream(main)
     for turn, head0 in enumerate(passes):
         count, lane = min(per_pass, kv_heads - head0), turn % 2
         # Two passes are under way at a time: one's last tiles and its conversion overlap the other's first tiles.
-        with torch.cuda.stream(lanes[lane]):
-            scratch[lane].zero_()
-            arguments = (
-                constants, *reads, writes[lane], key, value, dk, dv, sums, tiles, segments, records, order, order_step,
-                list_step, counters[turn], len(tiles), query_rows, key_rows, head0, count, head0 * group,
-                key.stride(1), key.stride(2), value.stride(1), value.stride(2), scale * math.log2(math.e), scale,
-                *registers,
+        with torch.cuda.stream(streams[lane]):
+            if turn >= lanes:
+                scratch[lane].zero_()
+            launch(
+                sparse_backward_kernel, (constants, query.dtype), _processors(query.device), constants, *reads,
+                writes[lane], key, value, dk, dv, sums, tiles, segments, records, order, order_step, list_step,
+                counters[turn], len(tiles), query_rows, key_rows, head0, count, head0 * group, key.stride(1),
+                key.stride(2), value.stride(1), value.stride(2), scale * math.log2(math.e), scale, *registers,
             )  # fmt: skip
-            # Every pass is the same kernel; Triton's own look-up of it costs the host more than the launch.
-            if compiled is None:
-                compiled = sparse_backward_kernel[(_processors(query.device),)](*arguments, num_warps=4)
-            else:
-                compiled[(_processors(query.device), 1, 1)](*arguments)
-            _convert_kernel[(triton.cdiv(total * count * group, 64),)](
-                scratch[lane], dq, total, head0 * group, count * group, per_pass * group, scale, heads, d, padded, 64,
-                num_warps=4,
+            launch(
+                _convert_kernel, (query.dtype, heads, d), triton.cdiv(total * count * group, 64), scratch[lane], dq,
+                total, head0 * group, count * group, per_pass * group, scale, heads, d, padded, 64,
             )  # fmt: skip
-    main.wait_stream(lanes[1])
+    if lanes > 1:
+        main.wait_stream(streams[1])
     return dq

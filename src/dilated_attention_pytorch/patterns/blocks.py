@@ -99,25 +99,26 @@ def spread(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entries_of_runs(query: QueryBlocks, runs: Iterable[Run]) -> Entries:
-    """The blocks of arithmetic progressions that exist."""
-    rows, columns = [], []
+    """The blocks of arithmetic progressions that exist, tile by tile in the order of the runs."""
+    found, steps = [], []
     for first, step, number in runs:
-        first, length, limit = torch.broadcast_tensors(
-            first, torch.as_tensor(number, device=query.block.device), query.limit
-        )
-        first, length, limit = first.reshape(-1), length.reshape(-1), limit.reshape(-1)
+        length = torch.as_tensor(number, device=query.block.device)
+        first, length, limit = torch.broadcast_tensors(first, length, query.limit)
         skipped = (-first).clamp(min=0).add(step - 1).div(step, rounding_mode="floor")
         inside = (limit - first + step - 1).div(step, rounding_mode="floor")
         last = torch.minimum(length, inside)
-        row, place = spread(skipped, (last - skipped).clamp(min=0))
-        place *= step
-        place += first[row]
-        rows.append(row)
-        columns.append(place)
-        del row, place  # of a million rows every copy counts
-    joined = torch.cat(rows)
-    rows.clear()
-    return Entries(joined, torch.cat(columns))
+        found.append((first.reshape(-1), skipped.reshape(-1), (last - skipped).clamp(min=0).reshape(-1)))
+        steps.append(step)
+    first, skipped, count = (torch.stack(columns, 1).reshape(-1) for columns in zip(*found, strict=True))
+    # In place where it can be: of a million rows every copy counts.
+    row, column = spread(skipped, count)
+    if len(set(steps)) == 1:
+        column *= steps[0]
+    else:
+        column *= torch.tensor(steps, device=row.device)[row % len(steps)]
+    column += first[row]
+    row //= len(steps)
+    return Entries(row, column)
 
 
 @dataclass(frozen=True, eq=False)
