@@ -7,8 +7,8 @@
 at N = 4096, "block64" is "90" with blocks of 64. bfloat16, H = 16, D = 128. Beside the library's backends "flex" is
 PyTorch's FlexAttention. A ratio is the time of the faster of cuDNN's and flash's dense kernels over that of the call,
 in the same run; "kept" is the listed share of the blocks that dense attention computes, so 1 / kept is what a kernel
-of dense speed would reach. --once runs everything once and times nothing: it fills the compilers' caches. Before anything is timed a window over everything has to equal PyTorch's
-dense attention, gradients included.
+of dense speed would reach. --once runs everything once and times nothing: it fills the compilers' caches. Before
+anything is timed, a window over everything has to equal PyTorch's dense attention, gradients included.
 """
 
 from __future__ import annotations
