@@ -62,7 +62,7 @@ def sparse_attention(
             row keeps in a block, g being its number for that block of its document. No result changes, and
             neither does the choice; the gate gets the gradient of the scores. Backend "reference" only, which
             "auto" then takes. The gate itself takes N_q x N / block_size numbers a head.
-        backend: "auto", "sdpa", "triton" or "reference".
+        backend: "auto", "gluon", "sdpa", "triton" or "reference".
         parallel: a `ContextParallel` of which every rank gives its rows (`ContextParallel.shard`) and gets the result
             for them; N, cu_seqlens and key_start are those of the whole sequence. Strategies "gather" (which "auto"
             takes) and "ring"; no dropout, no gate, no `DilatedPattern` in a union that counts a pair once.
