@@ -20,6 +20,7 @@ from dilated_attention_pytorch import (
     RandomBlocks,
     Union,
 )
+from dilated_attention_pytorch.backends.sparse.selection import sparse_select
 from dilated_attention_pytorch.sparse_testing import SparseCase, dense, multiset, summands
 from dilated_attention_pytorch.testing import RESULTS, error_bound, max_error, results
 
@@ -139,7 +140,7 @@ def test_content_selects_over_ranks_what_it_selects_on_one_device(pool, pooling,
     from dilated_attention_pytorch import sparse_attention_with_lse
 
     content = ContentTopK(1, always_first=1, pooling=pooling, block_size=16)
-    for pattern, runs in ((content, RUNS[0][1:]), (Union((content, LocalWindow(16, 16))), RUNS[1][:2])):
+    for pattern, runs in ((content, (RUNS[0][1], RUNS[1][2])), (Union((content, LocalWindow(16, 16))), RUNS[1][:2])):
         case = SparseCase(
             seed=4, key_rows=86, kv_heads=1, group=2, head_dim=8, batch=2, pattern=pattern, is_causal=is_causal,
             dtype=torch.float64, hidden="random", grad_lse=True,
@@ -151,9 +152,40 @@ def test_content_selects_over_ranks_what_it_selects_on_one_device(pool, pooling,
             got = assemble(answers, case)
             for name in RESULTS:
                 torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-9, msg=f"{name} {strategy}")
-            sent = sum(answer["forward"] for _, answer in answers)
-            everything = (world - 1) * case.batch * case.key_rows * case.kv_heads * (2 * case.head_dim + 1) * 8
-            assert 0 < sent < 2 * everything  # summaries and marks are counted
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both", "causal"])
+def test_bytes_of_a_choice_by_content_are_those_of_summaries_marks_and_needed_blocks(pool, is_causal):
+    world, size, blocks, dim = 3, 16, 9, 8
+    content = ContentTopK(2, always_first=1, block_size=size)
+    case = SparseCase(
+        seed=6, key_rows=size * blocks, kv_heads=2, group=2, head_dim=dim, batch=2, pattern=content,
+        is_causal=is_causal, dtype=torch.float64,
+    )  # fmt: skip
+    query, key = case.tensors()[:2]
+    selected = sparse_select(query, key, None, None, None, content.code, 0, is_causal, None)  # (B, H, N, keep)
+    owner = torch.arange(blocks) // (blocks // world)
+    shown = torch.zeros(case.batch, 4, blocks, blocks, dtype=torch.bool)  # which blocks a block's rows list
+    for own in range(blocks):
+        chosen = selected[:, :, own * size : (own + 1) * size].flatten(2).long()
+        shown[:, :, own].scatter_(-1, chosen.clamp(min=0), chosen >= 0)
+        shown[:, :, own, 0] |= chosen[..., 0] >= -1
+        shown[:, :, own, own] = True
+    shown = shown.unflatten(1, (2, 2)).any(2)  # of key heads
+    answers = pool.run("attend_sparse", world, case, "gather", "contiguous")
+    for source, (status, answer) in enumerate(answers):
+        assert status == "done", answer
+        expected = 0
+        for target in range(world):
+            if target == source:
+                continue
+            mine = owner == source
+            rows = int(shown[:, :, owner == target][..., mine].any(2).sum()) * size
+            # Sums of all key heads and one mark, of both batch entries; causal: to later ranks alone.
+            summaries = 2 * int(mine.sum()) * (2 * dim + 1) * 8 * (target > source or not is_causal)
+            marks = 2 * 2 * int((owner == target).sum())
+            expected += rows * 2 * dim * 8 + summaries + marks
+        assert answer["forward"] == expected
 
 
 def test_explicit_lists(pool):
@@ -230,13 +262,14 @@ def test_bound_b_of_random_calls(pool, count):
 def test_what_does_not_go_with_ranks_is_refused_before_anything_is_sent(pool):
     case = case_of("local")
 
-    def refused(other, word, *, strategy="gather", backend="auto"):
-        for status, answer in pool.run("attend_sparse", 2, other, strategy, "contiguous", backend):
+    def refused(other, word, *, strategy="gather", backend="auto", world=2):
+        for status, answer in pool.run("attend_sparse", world, other, strategy, "contiguous", backend):
             assert status == "raised"
             assert word in answer
 
     refused(replace(case, dropout_p=0.1), "takes no dropout_p")
     refused(case, "divides heads", strategy="ulysses")
+    refused(case, "divides heads", strategy="hybrid 2x2 ring", world=4)
     refused(replace(case, pattern=Union((LOCAL, DilatedPattern((32,), (2,))))), "give multiplicity=True")
     refused(replace(case, pattern=ContentTopK(1, block_size=16), is_causal=True), "whole ones", backend="sdpa")
     refused(case, "cannot compute this", backend="gluon")

@@ -244,7 +244,8 @@ class ContextParallel:
         if planned is None:
             refused = None
             try:
-                planned = SparsePlan.of(call, pattern, self.strategy, self._rows(), self.rank, device, lines)
+                strategy = self.strategy if self.mesh.ndim == 1 else "hybrid"
+                planned = SparsePlan.of(call, pattern, strategy, self._rows(), self.rank, device, lines)
             except ValueError as error:
                 refused = str(error)
             self._agree(call, refused)

@@ -106,7 +106,8 @@ def _backward(
         dropout_p,
     )  # fmt: skip
     chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)[0]]
-    grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
+    if not problem.every_row_has_keys:
+        grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
     with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,

@@ -16,6 +16,7 @@ from ...patterns.codes import decode
 from ...patterns.union import bind
 from ...types import Document, Options, Shape
 from ..problem import Problem
+from ..tables import covered
 from .rectangles import BackwardLists, ForwardLists, backward_lists, forward_lists
 
 
@@ -41,6 +42,13 @@ class SparseProblem:
         return block_plan(
             self.pattern, self.shape, self.documents, is_causal=self.options.is_causal, device=self.device
         )
+
+    @cached_property
+    def every_row_has_keys(self) -> bool:
+        """Whether no row is without keys, as far as lists can tell: blocks that are seen whole, and no mask."""
+        plan = self.plan
+        listed = plan.whole is None and not self.has_mask and covered(self.carrier, "query")
+        return listed and bool((plan.counts > 0).all())
 
     @cached_property
     def forward_lists(self) -> ForwardLists:
