@@ -11,7 +11,7 @@ from .backends.arguments import checked_tensors
 from .backends.ops import attention
 from .backends.sparse.dispatch import check_sparse_backend
 from .backends.sparse.gate import check_gate, sparse_gate
-from .backends.sparse.ops import sparse_forward
+from .backends.sparse.ops import sparse_attention as attend
 from .backends.sparse.selection import pattern_tensors as tensors_of
 from .backends.sparse.selection import sparse_select
 from .parallel.streaming import Streaming
@@ -173,7 +173,7 @@ def _attend(
 ) -> AttentionOutput:
     """One pattern, through its operator or over ranks."""
     if isinstance(pattern, DilatedPattern):
-        branches = {
+        branches: dict[str, Any] = {
             "segment_lengths": pattern.segment_lengths,
             "dilation_rates": pattern.dilation_rates,
             "head_offsets": pattern.head_offsets,
@@ -188,7 +188,7 @@ def _attend(
         out, lse = parallel.attend_sparse(arguments, pattern, backend)
     else:
         seed, lists = _seed(arguments), pattern_tensors(**_selecting(arguments), pattern=pattern)
-        out, lse = sparse_forward(**arguments, seed=seed, lists=lists, pattern=pattern.code, backend=backend)
+        out, lse = attend(**arguments, seed=seed, lists=lists, pattern=pattern.code, backend=backend)
         if gate is not None:
             out, lse = sparse_gate(gate, out, lse, **arguments, seed=seed, lists=lists, pattern=pattern.code)
     return AttentionOutput(out, lse.transpose(1, 2))

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_forward import _consumer, _descriptor, _processors, tuning_of
+from .hopper_forward import Sizes, _consumer, _processors, tuning_of
 from .hopper_producer import (
     BLOCK_KEYS,
     BLOCK_ROWS,
@@ -29,7 +29,7 @@ from .hopper_producer import (
     load_rows,
     write_record,
 )
-from .launching import launch
+from .launch import Address, Launch, fresh_counters
 
 
 @gluon.jit
@@ -170,6 +170,37 @@ def _spec(heads: int, kv_heads: int, dim: int, is_causal: bool) -> Spec:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=256)
+def _launch(
+    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, tiles: int, is_causal: bool,
+    scale: float,
+) -> Launch:  # fmt: skip
+    """A launch of (query, key, value, out, lse, tiles, records, counter)."""
+    batch, query_rows, heads, dim = query.shape
+    key_rows, kv_heads = key.shape[1:3]
+    spec, tuning = _spec(heads, kv_heads, dim, is_causal), tuning_of(dim, is_causal)
+    out = Sizes(query.shape, (query_rows * heads * dim, heads * dim, dim, 1))
+    arguments = (
+        spec,
+        query.view(0, 1, BLOCK_ROWS // 2, spec.padded),
+        out.view(3, 1, BLOCK_ROWS // 2, spec.padded),
+        key.view(1, 1, BLOCK_KEYS, spec.padded),
+        value.view(2, 1, BLOCK_KEYS, spec.padded),
+        Address(3),
+        Address(4),
+        Address(5),
+        Address(6),
+        Address(7),
+        tiles,
+        batch * query_rows,
+        batch * key_rows,
+        scale * math.log2(math.e),
+        tuning.consumer_registers,
+        tuning.producer_registers,
+    )
+    return Launch(sparse_forward_kernel, min(_processors(device), tiles), arguments, device, num_warps=4)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -191,29 +222,11 @@ def forward(
         tiles, records: `backends.sparse.rectangles.ForwardLists`.
         is_causal, scale: as for `sparse_attention`.
     """
-    batch, query_rows, heads, dim = query.shape
-    key_rows, kv_heads = key.shape[1:3]
     if not len(tiles):
         return
-    spec, tuning = _spec(heads, kv_heads, dim, is_causal), tuning_of(dim, is_causal)
-    launch(
-        sparse_forward_kernel,
-        (spec, query.dtype),
-        min(_processors(query.device), len(tiles)),
-        spec,
-        _descriptor(query, 1, BLOCK_ROWS // 2, spec.padded),
-        _descriptor(out, 1, BLOCK_ROWS // 2, spec.padded),
-        _descriptor(key, 1, BLOCK_KEYS, spec.padded),
-        _descriptor(value, 1, BLOCK_KEYS, spec.padded),
-        out,
-        lse,
-        tiles,
-        records,
-        torch.zeros(1, dtype=torch.int32, device=query.device),
-        len(tiles),
-        batch * query_rows,
-        batch * key_rows,
-        scale * math.log2(math.e),
-        tuning.consumer_registers,
-        tuning.producer_registers,
-    )
+    launch = _launch(
+        Sizes(query.shape, query.stride()), Sizes(key.shape, key.stride()), Sizes(value.shape, value.stride()),
+        query.dtype, query.device, len(tiles), is_causal, scale,
+    )  # fmt: skip
+    (counter,) = fresh_counters(1, query.device)
+    launch(query, key, value, out, lse, tiles, records, counter)

@@ -7,6 +7,8 @@ by; here the producer reads from lists which ones. `backends.sparse.rectangles` 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,11 +24,12 @@ from .hopper_backward import (
     _ready,
     _row_kernel,
     _side_stream,
+    _Strides,
     _tuning,
     _view,
 )
 from .hopper_backward_kernel import LONGEST, _as_4d, _consumer, _put, _writer
-from .launching import launch
+from .launch import Address, Launch, fresh_counters
 
 _ONE_PASS = 64 << 20
 """Bytes of float32 sums of dQ up to which all heads are done in one pass: more passes only cost the host time."""
@@ -204,6 +207,61 @@ def sparse_backward_kernel(
     ], [4, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
 
 
+class _Launches(NamedTuple):
+    rows: Launch
+    """Of (out, grad_out, lse, sums) and, where there is one, grad_lse."""
+    scratch: tuple[int, ...]
+    """Shape of the sums of dQ of one pass, float32."""
+    passes: tuple[tuple[Launch, Launch], ...]
+    """For some heads, of (query, key, value, grad_out, dk, dv, sums, tiles, dq sums, segments, records, order,
+    counter), and of (dq sums, dq)."""
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
+    tiles: int, order_step: int, list_step: int, is_causal: bool, scale: float,
+) -> _Launches:  # fmt: skip
+    batches, query_rows, heads, d = query
+    key_rows, kv_heads = key[1:3]
+    padded = triton.next_power_of_2(d)
+    total, group = batches * query_rows, heads // kv_heads
+    rows = Launch(
+        _row_kernel, triton.cdiv(query_rows, 64) * batches * heads,
+        (Address(0), Address(1), Address(2), Address(4) if has_grad_lse else None, Address(3), query_rows,
+         *strides.out[:3], *strides.grad_out[:3], heads, d, padded, 64),
+        device, num_warps=4,
+    )  # fmt: skip
+    all_at_once = total * heads * d * 4 <= _ONE_PASS
+    per_pass = kv_heads if all_at_once else _heads_per_pass(query, key, dtype.itemsize)
+    scratch, scratch_strides = (1, total, per_pass * group, d), (0, per_pass * group * d, d, 1)
+    block, stages, registers = _tuning(padded)
+    constants = (heads, kv_heads, d, padded, block, stages, 1, 1, is_causal, False, (LONGEST,), (1,), False)
+    passes = []
+    for head0 in range(0, kv_heads, per_pass):
+        count = min(per_pass, kv_heads - head0)
+        arguments = (
+            constants,
+            _view(1, key, strides.key, dtype, 1, 64, padded, batches * key_rows),
+            _view(2, key, strides.value, dtype, 1, 64, padded, batches * key_rows),
+            _view(0, query, strides.query, dtype, 1, block, padded, total),
+            _view(3, query, strides.grad_out, dtype, 1, block, padded, total),
+            _view(8, scratch, scratch_strides, torch.float32, 1, block, padded // 2, total),
+            Address(1), Address(2), Address(4), Address(5), Address(6), Address(7), Address(9), Address(10),
+            Address(11), order_step, list_step, Address(12), tiles, query_rows, key_rows, head0, count, head0 * group,
+            *strides.key[1:3], *strides.value[1:3], scale * math.log2(math.e), scale, *registers,
+        )  # fmt: skip
+        gradients = Launch(sparse_backward_kernel, _processors(device), arguments, device, num_warps=4)
+        convert = Launch(
+            _convert_kernel, triton.cdiv(total * count * group, 64),
+            (Address(0), Address(1), total, head0 * group, count * group, per_pass * group, scale, heads, d, padded,
+             64),
+            device, num_warps=4,
+        )  # fmt: skip
+        passes.append((gradients, convert))
+    return _Launches(rows, scratch, tuple(passes))
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -232,59 +290,38 @@ def backward(
         tiles, segments, records, order: `backends.sparse.rectangles.BackwardLists`.
         is_causal, scale: as for `sparse_attention`.
     """
-    batches, query_rows, heads, d = query.shape
-    key_rows, kv_heads = key.shape[1:3]
-    dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    device = query.device
+    dq = torch.empty(query.shape, dtype=query.dtype, device=device)
     if not len(tiles):
         return dq.zero_()
     if not _ready(grad_out):
         grad_out = grad_out.contiguous()
     if out.stride(3) != 1:
         out = out.contiguous()
-    padded = triton.next_power_of_2(d)
-    total, group = batches * query_rows, heads // kv_heads
-    sums = torch.empty(batches, heads, query_rows, dtype=torch.int64, device=query.device)
-    outs, grads = out.stride()[:3], grad_out.stride()[:3]
-    launch(
-        _row_kernel, (query.dtype, grad_lse is None, outs, grads, heads, d),
-        triton.cdiv(query_rows, 64) * batches * heads, out, grad_out, lse.contiguous(),
-        None if grad_lse is None else grad_lse.contiguous(), sums, query_rows, *outs, *grads, heads, d, padded, 64,
+    launches = _launches(
+        query.shape, key.shape,
+        _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
+        query.dtype, device, grad_lse is not None, len(tiles), len(tiles) if order.shape[0] > 1 else 0,
+        len(tiles) if len(segments) > len(tiles) else 0, is_causal, scale,
     )  # fmt: skip
-    one = total * group * d * 4
-    per_pass = kv_heads if kv_heads * one <= _ONE_PASS else _heads_per_pass(query, key)
-    passes = range(0, kv_heads, per_pass)
-    lanes = min(len(passes), 2)
-    scratch = torch.zeros((lanes, 1, total, per_pass * group, d), dtype=torch.float32, device=query.device)
-    block, stages, registers = _tuning(padded)
-    constants = (
-        heads, kv_heads, d, padded, block, stages, 1, 1, is_causal, False, (LONGEST,), (1,), False
-    )  # fmt: skip
-    reads = [_view(t, 1, 64, padded, batches * key_rows) for t in (key, value)]
-    reads += [_view(t, 1, block, padded, total) for t in (query, grad_out)]
-    writes = [_view(part, 1, block, padded // 2, total) for part in scratch]
-    counters = torch.zeros(len(passes), 4, dtype=torch.int32, device=query.device)
-    order_step = len(tiles) if order.shape[0] > 1 else 0
-    list_step = len(tiles) if len(segments) > len(tiles) else 0
-    main = torch.cuda.current_stream(query.device)
-    streams = (main, _side_stream(query.device))[:lanes]
+    batches, query_rows, heads = query.shape[:3]
+    sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)
+    launches.rows(out, grad_out, lse.contiguous(), sums, *(() if grad_lse is None else (grad_lse.contiguous(),)))
+    counters = fresh_counters(len(launches.passes), device)
+    lanes = min(2, len(launches.passes))
+    scratch = torch.empty((lanes, *launches.scratch), dtype=torch.float32, device=device).unbind()
+    main = torch.cuda.current_stream(device)
+    streams = (main, _side_stream(device))
     if lanes > 1:
         streams[1].wait_stream(main)
-    for turn, head0 in enumerate(passes):
-        count, lane = min(per_pass, kv_heads - head0), turn % 2
+    for turn, (gradients, convert) in enumerate(launches.passes):
         # Two passes are under way at a time: one's last tiles and its conversion overlap the other's first tiles.
-        with torch.cuda.stream(streams[lane]):
-            if turn >= lanes:
-                scratch[lane].zero_()
-            launch(
-                sparse_backward_kernel, (constants, query.dtype), _processors(query.device), constants, *reads,
-                writes[lane], key, value, dk, dv, sums, tiles, segments, records, order, order_step, list_step,
-                counters[turn], len(tiles), query_rows, key_rows, head0, count, head0 * group, key.stride(1),
-                key.stride(2), value.stride(1), value.stride(2), scale * math.log2(math.e), scale, *registers,
+        with torch.cuda.stream(streams[turn % lanes]):
+            part = scratch[turn % lanes].zero_()
+            gradients(
+                query, key, value, grad_out, dk, dv, sums, tiles, part, segments, records, order, counters[turn]
             )  # fmt: skip
-            launch(
-                _convert_kernel, (query.dtype, heads, d), triton.cdiv(total * count * group, 64), scratch[lane], dq,
-                total, head0 * group, count * group, per_pass * group, scale, heads, d, padded, 64,
-            )  # fmt: skip
+            convert(part, dq)
     if lanes > 1:
         main.wait_stream(streams[1])
     return dq

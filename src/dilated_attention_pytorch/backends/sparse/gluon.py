@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import gluon as dilated
-from ..tables import LONGEST, covered, longest_position
+from ..tables import LONGEST, covered, hold_for_replays, longest_position
 from .problem import SparseProblem
 
 _ROWS = 2**31 - 2**16
@@ -60,6 +60,7 @@ def forward(
         out.zero_()
         lse.fill_(-torch.inf)
     lists, (q, k, v) = problem.forward_lists, map(dilated._ready, (query, key, value))
+    hold_for_replays(lists)
     hopper_sparse.forward(
         q, k, v, out, lse, tiles=lists.tiles, records=lists.records, is_causal=problem.options.is_causal,
         scale=problem.options.scale,
@@ -86,6 +87,7 @@ def backward(
     make = torch.empty if covered(problem.carrier, "key") else torch.zeros
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))
     lists, (do, q, k, v) = problem.backward_lists, map(dilated._ready, (grad_out, query, key, value))
+    hold_for_replays(lists)
     dq = hopper_sparse_backward.backward(
         do, grad_lse, q, k, v, out, lse, dk, dv, tiles=lists.tiles, segments=lists.segments, records=lists.records,
         order=lists.order, is_causal=problem.options.is_causal, scale=problem.options.scale,
