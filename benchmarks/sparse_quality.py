@@ -1,7 +1,9 @@
 """Recall and error of block-sparse patterns on the activations of the model that `make demo` trains.
 
-Prints a Markdown table: for each pattern its work and, over all layers and heads, the recall of attention weight
-(mean and least head) and the relative output error (mean).
+    python benchmarks/sparse_quality.py [--run runs/demo] [--rows 4096] [--output FILE]
+
+Writes and prints, as a Markdown table, for each pattern its work and, over all layers and heads, the recall of
+attention weight (mean and least head) and the relative output error (mean).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common import ROOT, save
 from dilated_attention_pytorch import ContentTopK, DilatedAttention, LongNetLM, LongNetLMConfig, get_pattern
 from dilated_attention_pytorch.benchmarking.quality import measure_quality
 from dilated_attention_pytorch.patterns import GlobalLocal, Hierarchical, LocalWindow, RandomBlocks, Union
@@ -54,15 +57,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the trained model")
     parser.add_argument("--rows", type=int, default=4096, help="tokens of the sequence")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sparse_quality.json")
     given = parser.parse_args()
     layers = activations(given.run, given.rows)
     print("| pattern | work | recall, mean | recall, least head | output error, mean |")
     print("| --- | --- | --- | --- | --- |")
+    results = []
     for name, pattern in PATTERNS.items():
         found = [measure_quality(*layer, pattern, is_causal=True) for layer in layers]
         recall, error = torch.cat([f.recall for f in found]), torch.cat([f.error for f in found])
-        work = sum(f.work for f in found) / len(found)
-        print(f"| {name} | {work:.3f} | {recall.mean():.3f} | {recall.min():.3f} | {error.mean():.3f} |")
+        row = {
+            "name": name,
+            "pattern": repr(pattern),
+            "work": sum(f.work for f in found) / len(found),
+            "recall_mean": float(recall.mean()),
+            "recall_least": float(recall.min()),
+            "error_mean": float(error.mean()),
+        }
+        results.append(row)
+        numbers = " | ".join(f"{row[key]:.3f}" for key in ("work", "recall_mean", "recall_least", "error_mean"))
+        print(f"| {name} | {numbers} |")
+    save(given.output, {"rows": given.rows, "patterns": results}, quiet=True)
 
 
 if __name__ == "__main__":

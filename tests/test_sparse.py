@@ -23,6 +23,7 @@ from dilated_attention_pytorch import (
     sparse_attention,
     sparse_attention_with_lse,
 )
+from dilated_attention_pytorch.parallel import Streaming
 from dilated_attention_pytorch.patterns.formula import block_mask
 
 HEADS = 2
@@ -249,8 +250,8 @@ def test_modules_hold_the_pattern_and_project_as_the_dilated_ones_do():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in sparse.parameters())
     with pytest.raises(ValueError, match=r"\['padding'\] are of dilated attention"):
         MultiheadSparseAttention(32, 4, pattern=pattern, padding="zeros")
-    with pytest.raises(ValueError, match="runs on one device"):
-        module(q, k, v, parallel=object())
+    with pytest.raises(ValueError, match="streams dilated attention alone"):
+        module(q, k, v, parallel=Streaming("cpu", memory_budget=1 << 20))
 
 
 def test_presets_are_the_patterns_of_their_papers():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,15 @@ from .backends.arguments import checked_tensors
 from .backends.ops import attention
 from .backends.sparse.dispatch import check_sparse_backend
 from .backends.sparse.gate import check_gate, sparse_gate
-from .backends.sparse.ops import sparse_forward
+from .backends.sparse.ops import sparse_attention as attend
+from .backends.sparse.selection import pattern_tensors as tensors_of
 from .backends.sparse.selection import sparse_select
+from .parallel.streaming import Streaming
 from .patterns import ContentTopK, DilatedPattern, Union
-from .patterns.union import members_of
 from .types import AttentionOutput
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
 
 
 def sparse_attention(
@@ -32,6 +36,7 @@ def sparse_attention(
     key_start: int | Tensor = 0,
     gate: Tensor | None = None,
     backend: str = "auto",
+    parallel: ContextParallel | None = None,
 ) -> Tensor:
     """Attention over the blocks of keys that a pattern lists for each block of queries, as one softmax.
 
@@ -57,7 +62,10 @@ def sparse_attention(
             row keeps in a block, g being its number for that block of its document. No result changes, and
             neither does the choice; the gate gets the gradient of the scores. Backend "reference" only, which
             "auto" then takes. The gate itself takes N_q x N / block_size numbers a head.
-        backend: "auto", "sdpa", "triton" or "reference".
+        backend: "auto", "gluon", "sdpa", "triton" or "reference".
+        parallel: a `ContextParallel` of which every rank gives its rows (`ContextParallel.shard`) and gets the result
+            for them; N, cu_seqlens and key_start are those of the whole sequence. Strategies "gather" (which "auto"
+            takes) and "ring"; no dropout, no gate, no `DilatedPattern` in a union that counts a pair once.
 
     Returns:
         (B, N_q, H, D_v) in the dtype of the query; 0 for a row without any key.
@@ -86,6 +94,7 @@ def sparse_attention(
         key_start=key_start,
         gate=gate,
         backend=backend,
+        parallel=parallel,
     ).out
 
 
@@ -103,6 +112,7 @@ def sparse_attention_with_lse(
     key_start: int | Tensor = 0,
     gate: Tensor | None = None,
     backend: str = "auto",
+    parallel: ContextParallel | None = None,
 ) -> AttentionOutput:
     """`sparse_attention` together with the log-sum-exp that joins it with other partial results.
 
@@ -120,6 +130,8 @@ def sparse_attention_with_lse(
     """
     check_pattern(pattern)
     check_sparse_backend(backend)
+    if isinstance(parallel, Streaming):
+        raise ValueError("parallel is a Streaming, which streams dilated attention alone; leave it out")
     arguments = checked_tensors(
         query,
         key,
@@ -134,11 +146,13 @@ def sparse_attention_with_lse(
     if gate is not None:
         if not isinstance(pattern, ContentTopK):
             raise ValueError(f"gate is given, and pattern is a {type(pattern).__name__}; give a ContentTopK alone")
+        if parallel is not None:
+            raise ValueError("gate is given, and parallel too; a gate needs all rows on one device: leave out one")
         check_gate(gate, arguments["query"], backend)
         return _attend(arguments, pattern, "reference", gate)
     if isinstance(pattern, Union) and pattern.multiplicity:
-        return _joined([_attend(arguments, member, backend) for member in pattern.patterns])
-    return _attend(arguments, pattern, backend)
+        return _joined([_attend(arguments, member, backend, parallel=parallel) for member in pattern.patterns])
+    return _attend(arguments, pattern, backend, parallel=parallel)
 
 
 def check_pattern(pattern: Any) -> None:
@@ -149,28 +163,40 @@ def check_pattern(pattern: Any) -> None:
         raise ValueError(f"pattern is {pattern!r}; give a block-sparse pattern such as LocalWindow(1024)")
 
 
-def _attend(arguments: dict[str, Any], pattern: Any, backend: str, gate: Tensor | None = None) -> AttentionOutput:
-    """One pattern, through its operator."""
-    seed = None
-    if arguments["dropout_p"]:  # every member of a union draws its own
-        seed = torch.randint(2**62, (1,), device=arguments["query"].device)
+def _attend(
+    arguments: dict[str, Any],
+    pattern: Any,
+    backend: str,
+    gate: Tensor | None = None,
+    *,
+    parallel: ContextParallel | None = None,
+) -> AttentionOutput:
+    """One pattern, through its operator or over ranks."""
     if isinstance(pattern, DilatedPattern):
-        out, lse = attention(
-            **arguments,
-            seed=seed,
-            segment_lengths=pattern.segment_lengths,
-            dilation_rates=pattern.dilation_rates,
-            head_offsets=pattern.head_offsets,
-            padding="mask",
-            mixing_grad="exact",
-            backend=backend,
-        )
+        branches: dict[str, Any] = {
+            "segment_lengths": pattern.segment_lengths,
+            "dilation_rates": pattern.dilation_rates,
+            "head_offsets": pattern.head_offsets,
+            "padding": "mask",
+            "mixing_grad": "exact",
+        }
+        if parallel is not None:
+            out, lse = parallel.attend(arguments | branches, backend)
+        else:
+            out, lse = attention(**arguments, **branches, seed=_seed(arguments), backend=backend)
+    elif parallel is not None:
+        out, lse = parallel.attend_sparse(arguments, pattern, backend)
     else:
-        lists = pattern_tensors(**_selecting(arguments), pattern=pattern)
-        out, lse = sparse_forward(**arguments, seed=seed, lists=lists, pattern=pattern.code, backend=backend)
+        seed, lists = _seed(arguments), pattern_tensors(**_selecting(arguments), pattern=pattern)
+        out, lse = attend(**arguments, seed=seed, lists=lists, pattern=pattern.code, backend=backend)
         if gate is not None:
             out, lse = sparse_gate(gate, out, lse, **arguments, seed=seed, lists=lists, pattern=pattern.code)
     return AttentionOutput(out, lse.transpose(1, 2))
+
+
+def _seed(arguments: dict[str, Any]) -> Tensor | None:
+    """Dropout's; every member of a union draws its own."""
+    return torch.randint(2**62, (1,), device=arguments["query"].device) if arguments["dropout_p"] else None
 
 
 def _selecting(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -192,24 +218,13 @@ def pattern_tensors(
     scale: float | None = None,
 ) -> list[Tensor]:
     """Tensors that go with a pattern's code: explicit lists, and what the content of query and key selects."""
-    lists: list[Tensor] = []
-    for member in members_of(pattern):
-        if isinstance(member, ContentTopK):
-            selected = sparse_select(
-                query.detach(),
-                key.detach(),
-                key_padding_mask,
-                cu_seqlens,
-                key_starts,
-                member.code,
-                key_start,
-                is_causal,
-                scale,
-            )
-            lists.append(selected)
-        else:
-            lists += getattr(member, "tensors", ())
-    return lists
+    return tensors_of(
+        pattern,
+        lambda member: sparse_select(
+            query.detach(), key.detach(), key_padding_mask, cu_seqlens, key_starts, member.code, key_start, is_causal,
+            scale,
+        ),
+    )  # fmt: skip
 
 
 def _joined(parts: list[AttentionOutput]) -> AttentionOutput:
@@ -279,15 +294,13 @@ class SparseAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         key_start: int | Tensor = 0,
         gate: Tensor | None = None,
-        parallel: None = None,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Query ``(B, Nq, H, D)``, key ``(B, Nk, G, D)``, value ``(B, Nk, G, D_v)`` to ``(B, Nq, H, D_v)``.
 
-        ``is_causal`` None takes the value given at construction; ``parallel`` must be None. The others, and what
-        raises, as for :func:`sparse_attention`.
+        ``is_causal`` None takes the value given at construction. The others, and what raises, as for
+        :func:`sparse_attention`.
         """
-        if parallel is not None:
-            raise ValueError("parallel is given, and block-sparse attention runs on one device; leave it out")
         return sparse_attention(
             query,
             key,
@@ -301,6 +314,7 @@ class SparseAttention(nn.Module):
             key_start=key_start,
             gate=gate,
             backend=self.backend,
+            parallel=parallel,
         )
 
     def extra_repr(self) -> str:

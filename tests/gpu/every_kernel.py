@@ -51,10 +51,15 @@ def main() -> None:
                       645, 1, dim, dtype)  # fmt: skip
         print("triton", dim, dtype, flush=True)
     pattern = GlobalLocal(window=128, num_global_tokens=64, block_size=64)
-    for is_causal in (False, True):
-        differentiate(lambda *t, is_causal=is_causal: sparse_attention(*t, pattern, is_causal=is_causal),
-                      645, 645, 64, torch.bfloat16)  # fmt: skip
-    print("block-sparse", flush=True)
+    for backend in ("triton", *(("gluon",) if gluon.unavailable() is None else ())):
+        for is_causal in (False, True):
+            differentiate(
+                lambda *t, is_causal=is_causal, backend=backend: sparse_attention(
+                    *t, pattern, is_causal=is_causal, backend=backend
+                ),
+                645, 645, 64, torch.bfloat16,
+            )  # fmt: skip
+        print("block-sparse", backend, flush=True)
     x = torch.randn(3, 37, 77, device="cuda", dtype=torch.bfloat16)
     permute_rows(x, torch.randperm(37, device="cuda"), 1)
     hilbert_order(37, 21, device="cuda")

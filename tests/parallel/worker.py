@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import replace
 from functools import cache
 from multiprocessing.connection import Client
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_attention_pytorch import HilbertOrdering, LongNetLM, LongNetLMConfig, dilated_attention_with_lse, explain
+from dilated_attention_pytorch import (
+    BlockList,
+    HilbertOrdering,
+    LongNetLM,
+    LongNetLMConfig,
+    dilated_attention_with_lse,
+    explain,
+    sparse_attention_with_lse,
+)
 from dilated_attention_pytorch.parallel import ContextParallel, context
+from dilated_attention_pytorch.sparse_testing import SparseCase
 from dilated_attention_pytorch.testing import Case
 
 
@@ -60,6 +71,39 @@ def attend(mesh: DeviceMesh, case: Case, strategy: str, layout: str, backend: st
         "forward": forward,
         "total": (parallel.traffic.bytes_sent, parallel.traffic.messages_sent),
         "exchange": exchange,
+        "leased": parallel.pool.stats().leased,
+    }
+
+
+def attend_sparse(
+    mesh: DeviceMesh, case: SparseCase, strategy: str, layout: str, backend: str = "auto"
+) -> dict[str, object]:
+    """The same of block-sparse attention, twice: the second call plans nothing anew.
+
+    A pattern may be a mask of blocks as a NumPy array; tensors do not travel to the pool.
+    """
+    if isinstance(case.pattern, np.ndarray):
+        case = replace(case, pattern=BlockList.from_mask(torch.from_numpy(case.pattern), block_size=16))
+    parallel = make(mesh, strategy, layout)
+    query, key, value, grad_out, grad_lse = case.tensors()
+    leaves = [parallel.shard(t, 1).requires_grad_() for t in (query, key, value)]
+    options = case.sparse_options() | {"backend": backend, "pattern": case.pattern}
+    if "key_padding_mask" in options:
+        options["key_padding_mask"] = parallel.shard(options["key_padding_mask"], 1)
+    outputs, grads = [], [parallel.shard(grad_out, 1)]
+    before, forward = parallel.traffic.bytes_sent, 0
+    for _ in range(2):
+        out, lse = sparse_attention_with_lse(*leaves, **options, parallel=parallel)
+        forward, before = parallel.traffic.bytes_sent - before, parallel.traffic.bytes_sent
+        outputs = [out]
+    if case.grad_lse:
+        outputs, grads = [out, lse], [*grads, parallel.shard(grad_lse, 2)]
+    gradients = torch.autograd.grad(outputs, leaves, grads)
+    return {
+        "rows": parallel.positions().numpy(),
+        "results": [t.detach().double().numpy() for t in (out, lse.transpose(1, 2), *gradients)],
+        "forward": forward,
+        "backward": parallel.traffic.bytes_sent - before,
         "leased": parallel.pool.stats().leased,
     }
 
@@ -120,7 +164,13 @@ def under_ordering(mesh: DeviceMesh, shape: tuple[int, int], strategy: str, layo
     return {"errors": [float((a - b).abs().max()) for a, b in zip(found, (alone, *expected), strict=True)]}
 
 
-TASKS = {"repeat": repeat, "attend": attend, "train": train, "under_ordering": under_ordering}
+TASKS = {
+    "repeat": repeat,
+    "attend": attend,
+    "attend_sparse": attend_sparse,
+    "train": train,
+    "under_ordering": under_ordering,
+}
 
 
 def main() -> None:

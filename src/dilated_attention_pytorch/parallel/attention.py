@@ -12,27 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import Problem, choose
 from ..backends.philox import keep_mask
 from ..backends.reference import without_masked
-from ..memory import MemoryPool
 from ..merge import accumulator_dtype, merge_
-from .comm import Pending, Traffic, exchange
 from .dense import Keep
 from .retry import backward_in_parts, forward_in_parts, retrying
+from .rounds import Exchanges, Homeward, Lines, Round
 from .rows import Rows, add_home, key_rows, pack, query_rows, unpack
 from .shard import Pairing, Rectangle
-
-
-@dataclass(frozen=True)
-class Round:
-    """What this rank sends to peers and computes with what it gets from peers, in one exchange."""
-
-    outgoing: dict[int, Pairing]
-    incoming: dict[int, Pairing]
 
 
 @dataclass(frozen=True)
@@ -43,12 +33,10 @@ class Job:
     backend: str
     own: Pairing
     """Pairs of different pieces that this very rank holds."""
-    rounds: tuple[Round, ...]
+    rounds: tuple[Round[Pairing], ...]
     branches: tuple[Job, ...]
     """One for each branch, where each is differentiated with its own output and ranks have pairs together."""
-    group: dist.ProcessGroup
-    traffic: Traffic
-    pool: MemoryPool
+    lines: Lines
 
     @property
     def joins(self) -> bool:
@@ -56,39 +44,32 @@ class Job:
         return bool(self.rounds or self.own.blocks)
 
 
-class _Exchanges:
-    """Keys and values of the peers, round by round, the next round on its way while one is used."""
+def _exchanges(job: Job, key: Tensor, value: Tensor, mask: Tensor | None) -> Iterator[list[tuple[int, Pairing, Rows]]]:
+    """Rows of this rank's own other pieces as those of peer -1, then rounds of keys and values of the peers.
 
-    def __init__(self, job: Job, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        self.job, self.key, self.value, self.mask = job, key, value, mask
-        self.wide = key.shape[3] + value.shape[3] + (mask is not None)
-        self.pending = self._start(0)
+    The first round is under way as soon as this returns.
+    """
+    dim, value_dim = key.shape[3], value.shape[3]
+    size = (dim + value_dim + (mask is not None)) * key.element_size()
 
-    def _start(self, number: int) -> Pending | None:
-        if number >= len(self.job.rounds):
-            return None
-        job, moved, size = self.job, self.job.rounds[number], self.wide * self.key.element_size()
-        outgoing = {peer: self._pack(pairing) for peer, pairing in moved.outgoing.items()}
-        incoming = {peer: pairing.rows * size for peer, pairing in moved.incoming.items()}
-        return exchange(job.group, outgoing, incoming, self.key.device, job.traffic, job.pool)
+    def packed(pairing: Pairing) -> Tensor:
+        return pack(pairing, key, value, mask)
 
-    def _pack(self, pairing: Pairing) -> Tensor:
-        return pack(pairing, self.key, self.value, self.mask)
+    started = Exchanges(job.lines, job.rounds, size, key.device, packed)
 
-    def _unpack(self, buffer: Tensor, pairing: Pairing) -> Rows:
-        return unpack(buffer.view(self.key.dtype), pairing, self.key.shape[3], self.value.shape[3])
-
-    def __iter__(self) -> Iterator[list[tuple[int, Pairing, Rows]]]:
-        if self.job.own.blocks:
-            yield [(-1, self.job.own, self._unpack(self._pack(self.job.own), self.job.own))]
-        for number, moved in enumerate(self.job.rounds):
-            arrived = self.pending
-            assert arrived is not None
-            received = arrived.wait()
-            self.pending = self._start(number + 1)
-            yield [(peer, pairing, self._unpack(received[peer], pairing)) for peer, pairing in moved.incoming.items()]
+    def items() -> Iterator[list[tuple[int, Pairing, Rows]]]:
+        if job.own.blocks:
+            yield [(-1, job.own, unpack(packed(job.own), job.own, dim, value_dim))]
+        for moved, received in started:
+            found = [
+                (peer, pairing, unpack(received[peer].view(key.dtype), pairing, dim, value_dim))
+                for peer, pairing in moved.incoming.items()
+            ]
             del received
-            arrived.release()
+            yield found
+            del found  # views of a buffer that goes back to the pool
+
+    return items()
 
 
 def _keep(job: Job, rectangle: Rectangle, seed: int | None, device: torch.device) -> Keep | None:
@@ -119,12 +100,12 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: int | None, job: Job
 ) -> tuple[Tensor, Tensor]:
     """(out, before it is rounded, lse): own pairs while the first rows travel, then rounds of rectangles."""
-    exchanges = _Exchanges(job, key, value, mask)
+    exchanges = _exchanges(job, key, value, mask)
     out, lse = retrying(
         lambda parts: choose(_backend(job, parts), job.problem).backend.forward(
             query, key, value, job.problem, mask=mask, seed=seed
         ),
-        job.pool, job.traffic,
+        job.lines.pool, job.lines.traffic,
     )  # fmt: skip
     total = out.to(accumulator_dtype(query.dtype)) if job.joins else out
     for items in exchanges:
@@ -135,7 +116,7 @@ def _attend(
                     value=key_rows(rows.value, r, value.shape[3]), scale=job.problem.options.scale,
                     hidden=rows.hidden_keys(r), keep=_keep(job, r, seed, query.device),
                 )  # fmt: skip
-                part, part_lse = retrying(compute, job.pool, job.traffic)
+                part, part_lse = retrying(compute, job.lines.pool, job.lines.traffic)
                 del compute
                 merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
         del items  # views of a buffer that goes back to the pool
@@ -197,7 +178,7 @@ def _differentiate(
     job: Job,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV of all pairs, before they are rounded."""
-    exchanges = _Exchanges(job, key, value, mask)
+    exchanges = _exchanges(job, key, value, mask)
     acc, delta = accumulator_dtype(query.dtype), None
     if grad_lse is not None:
         delta = ((grad_out.to(acc) * out.to(acc)).sum(-1) - grad_lse).unsqueeze(-1)
@@ -208,39 +189,25 @@ def _differentiate(
             grad_out, grad_lse, query, key, value, out, lse, job.problem, mask=mask, seed=seed
         )  # fmt: skip
 
-    dq, dk, dv = retrying(own_gradients, job.pool, job.traffic)
+    dq, dk, dv = retrying(own_gradients, job.lines.pool, job.lines.traffic)
     if not job.joins:
         return dq, dk, dv
     dq, dk, dv = dq.to(acc), dk.to(acc), dv.to(acc)
     gradients = partial(_rectangle_gradients, job, grad_out, delta, query, value, out, lse, dq, seed)
-    homeward: tuple[Pending, Round] | None = None
+    homeward = Homeward[Pairing](
+        job.lines, (key.shape[3] + value.shape[3]) * dk.element_size(), key.device,
+        lambda pairing, buffer: add_home(pairing, buffer.view(acc), dk, dv),
+    )  # fmt: skip
     rounds = iter(job.rounds)
     for items in exchanges:
         back = {peer: gradients(pairing, rows) for peer, pairing, rows in items}
         del items
         if -1 in back:
             add_home(job.own, back[-1], dk, dv)
-            continue
-        moved = next(rounds)
-        size = (key.shape[3] + value.shape[3]) * dk.element_size()
-        expected = {peer: pairing.rows * size for peer, pairing in moved.outgoing.items()}
-        started = exchange(job.group, back, expected, key.device, job.traffic, job.pool)
-        _arrive(homeward, dk, dv)  # one round of gradients under way at a time
-        homeward = started, moved
-    _arrive(homeward, dk, dv)
+        else:
+            homeward.send(next(rounds), back)
+    homeward.arrive()
     return dq, dk, dv
-
-
-def _arrive(homeward: tuple[Pending, Round] | None, dk: Tensor, dv: Tensor) -> None:
-    """Wait for gradients of rows that were sent away, and add them."""
-    if homeward is None:
-        return
-    pending, moved = homeward
-    received = pending.wait()
-    for peer, pairing in moved.outgoing.items():
-        add_home(pairing, received[peer].view(dk.dtype), dk, dv)
-    del received
-    pending.release()
 
 
 def _rectangle_gradients(
@@ -268,7 +235,7 @@ def _rectangle_gradients(
             key=key_rows(rows.key, r, dim), value=key_rows(rows.value, r, value_dim), out=query_rows(out, r), lse=lse_r,
             scale=job.problem.options.scale, hidden=rows.hidden_keys(r), keep=_keep(job, r, seed, query.device),
         )  # fmt: skip
-        dq_r, dk_r, dv_r = retrying(compute, job.pool, job.traffic)
+        dq_r, dk_r, dv_r = retrying(compute, job.lines.pool, job.lines.traffic)
         del compute
         query_rows(dq, r).add_(dq_r)
         for total, part, width in ((home.key, dk_r, dim), (home.value, dv_r, value_dim)):

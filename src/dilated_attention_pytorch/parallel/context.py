@@ -20,14 +20,17 @@ from ..backends.ops import no_autocast
 from ..backends.views import foldable
 from ..memory import MemoryPool, SimplePool
 from ..patterns import DilatedPattern
-from ..types import AttentionOutput, Document, Options, Shape
+from ..types import AttentionOutput, Document, MixingGrad, Options, Padding, Shape
 from .attention import Job, ShardedAttention
 from .comm import Traffic
 from .cost import Estimate, Rates, candidates, estimate
 from .hybrid import Across, Placement, Ranges, Ranks, Strategy, check_strategy, rows_of_ranks, total
 from .peers import Peers
+from .rounds import Lines
 from .schedule import Call, RingCall, make_job
 from .shard import Layout, joined
+from .sparse_attention import ShardedSparseAttention
+from .sparse_schedule import SparseCall, SparsePlan, digest
 from .ulysses import HeadExchange, Share, ToHeads, ToRows, share_heads
 
 _KEPT = 256
@@ -81,7 +84,7 @@ class ContextParallel:
     timeout: float = 30.0
     pool: MemoryPool = field(default_factory=SimplePool)
     traffic: Traffic = field(default_factory=Traffic)
-    _planned: OrderedDict[Any, _Planned] = field(default_factory=OrderedDict, repr=False)
+    _planned: OrderedDict[Any, Any] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, DeviceMesh):
@@ -155,9 +158,7 @@ class ContextParallel:
             planned, refused = self._plan(call, str(query.device), fold)
             self._agree(call, refused)
             assert planned is not None  # or else all ranks have raised
-            self._planned[name] = planned
-            if len(self._planned) > _KEPT:
-                self._planned.popitem(last=False)
+            self._keep(name, planned)
         seed = None
         if call.options.dropout_p:  # rank 0's, so that all drop what one device with its generator would
             drawn = torch.randint(2**62, (1,), device=query.device)
@@ -184,7 +185,26 @@ class ContextParallel:
 
     def call(self, arguments: dict[str, Any], backend: str) -> Call:
         """The whole sequence's attention, from checked arguments with this rank's rows of it."""
-        query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "key_padding_mask"))
+        shape = self._whole(arguments)
+        mask = arguments["key_padding_mask"]
+        if mask is not None and arguments["padding"] == "zeros":
+            where = {name: arguments[name] for name in ("key_start", "key_starts", "cu_seqlens")}
+            documents = self._documents_of_suffix(shape, mask, **where)
+        else:
+            documents = self._documents(shape, arguments)
+        return Call(
+            pattern=DilatedPattern(*(arguments[n] for n in ("segment_lengths", "dilation_rates", "head_offsets"))),
+            shape=shape,
+            options=_options(arguments, arguments["padding"], arguments["mixing_grad"]),
+            documents=documents,
+            dtype=arguments["query"].dtype,
+            has_mask=mask is not None,
+            backend=backend,
+        )
+
+    def _whole(self, arguments: dict[str, Any]) -> Shape:
+        """The shape of the whole sequence's attention."""
+        query, key, value = (arguments[name] for name in ("query", "key", "value"))
         rows = total(self._rows()[self.rank])
         if query.shape[1] != rows or key.shape[1] != rows:
             raise ValueError(
@@ -193,25 +213,53 @@ class ContextParallel:
             )
         length = self.length
         assert length is not None
-        batch, heads, kv_heads = query.shape[0], query.shape[2], key.shape[2]
-        shape = Shape(batch, length, length, heads, kv_heads, query.shape[3], value.shape[3])
+        heads, kv_heads = query.shape[2], key.shape[2]
+        return Shape(query.shape[0], length, length, heads, kv_heads, query.shape[3], value.shape[3])
+
+    def _documents(self, shape: Shape, arguments: dict[str, Any]) -> tuple[Document, ...]:
         where = {name: arguments[name] for name in ("key_start", "key_starts", "cu_seqlens")}
-        if mask is not None and arguments["padding"] == "zeros":
-            documents = self._documents_of_suffix(shape, mask, **where)
-        else:
-            documents = read_documents(shape, **where, suffix_mask=None)
-        scale = 1 / math.sqrt(query.shape[3]) if arguments["scale"] is None else arguments["scale"]
-        return Call(
-            pattern=DilatedPattern(*(arguments[n] for n in ("segment_lengths", "dilation_rates", "head_offsets"))),
-            shape=shape,
-            options=Options(
-                arguments["is_causal"], scale, arguments["dropout_p"], arguments["padding"], arguments["mixing_grad"]
-            ),
-            documents=documents,
+        return read_documents(shape, **where, suffix_mask=None)
+
+    def attend_sparse(self, arguments: dict[str, Any], pattern: Any, backend: str) -> AttentionOutput:
+        """Block-sparse attention: out (B, n, H, Dv) and lse (B, n, H) of this rank's rows.
+
+        What each rank sends is the key blocks that some query block of the receiver lists; `ContentTopK` exchanges
+        summaries of blocks before. Strategies "ring" and "gather", of which "auto" takes "gather".
+        """
+        query, key, value = (arguments[name] for name in ("query", "key", "value"))
+        call = SparseCall(
+            pattern=pattern.code,
+            lists=digest(pattern),
+            shape=self._whole(arguments),
+            options=_options(arguments, "mask", "exact"),
+            documents=self._documents(self._whole(arguments), arguments),
             dtype=query.dtype,
-            has_mask=mask is not None,
+            has_mask=arguments["key_padding_mask"] is not None,
             backend=backend,
         )
+        device, mask = query.device, arguments["key_padding_mask"]
+        lines = Lines(self.ranks.groups[0], self.traffic, self.pool)
+        name = (call, str(device), self.length, self.strategy, self.layout)
+        planned: SparsePlan | None = self._planned.get(name)
+        if planned is None:
+            refused = None
+            try:
+                strategy = self.strategy if self.mesh.ndim == 1 else "hybrid"
+                planned = SparsePlan.of(call, pattern, strategy, self._rows(), self.rank, device, lines)
+            except ValueError as error:
+                refused = str(error)
+            self._agree(call, refused)
+            assert planned is not None  # or else all ranks have raised
+            self._keep(name, planned)
+        with torch.cuda.device_of(query), no_autocast(query.device.type), self.peers.reporting():
+            job = planned.job(pattern, query.detach(), key.detach(), mask, lines)
+            out, lse = ShardedSparseAttention.apply(query, key, value, mask, job)
+        return AttentionOutput(out, lse)
+
+    def _keep(self, name: Any, planned: Any) -> None:
+        self._planned[name] = planned
+        if len(self._planned) > _KEPT:
+            self._planned.popitem(last=False)
 
     def _documents_of_suffix(
         self, shape: Shape, mask: Tensor, *, cu_seqlens: Tensor | None, key_start: int, key_starts: Tensor | None
@@ -232,7 +280,7 @@ class ContextParallel:
         starts = [key_start] * shape.batch if key_starts is None else key_starts.tolist()
         return documents_of(shape, starts, masked)
 
-    def _agree(self, call: Call, refused: str | None) -> None:
+    def _agree(self, call: Call | SparseCall, refused: str | None) -> None:
         """Make sure, once for every call, that all ranks were asked for the same and can; else raise on all of them."""
         mine = {one.name: getattr(call, one.name) for one in fields(call)}
         mine |= {"strategy": self.strategy, "layout": self.layout, "across": self.across, "rates": self.rates}
@@ -272,8 +320,14 @@ class ContextParallel:
             mates = self._rows()[around * placement.heads : (around + 1) * placement.heads]
             places = tuple(_places(joined(mates), held) for held in mates)
             heads = HeadExchange(shares, places, along, self.ranks.groups[-1], self.traffic, self.pool)
-        group = self.ranks.groups[0]
-        return _Planned(make_job(call, ring, placement.across, around, problem, group, self.traffic, self.pool), heads)
+        lines = Lines(self.ranks.groups[0], self.traffic, self.pool)
+        return _Planned(make_job(call, ring, placement.across, around, problem, lines), heads)
+
+
+def _options(arguments: dict[str, Any], padding: Padding, mixing_grad: MixingGrad) -> Options:
+    scale = arguments["scale"]
+    scale = 1 / math.sqrt(arguments["query"].shape[3]) if scale is None else scale
+    return Options(arguments["is_causal"], scale, arguments["dropout_p"], padding, mixing_grad)
 
 
 def _places(order: Sequence[tuple[int, int]], held: Ranges) -> Ranges:

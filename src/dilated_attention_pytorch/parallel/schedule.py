@@ -6,16 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 from ..backends import Part, Problem
-from ..memory import MemoryPool
 from ..patterns import DilatedPattern
 from ..patterns.plan import branch_only
 from ..types import Document, Options, Shape
-from .attention import Job, Round
-from .comm import Traffic
+from .attention import Job
 from .hybrid import Ranges, total
+from .rounds import Lines, Round
 from .shard import Pairing, Piece, pairing, pieces
 from .ulysses import HeadSlice, Share
 from .volume import volumes
@@ -80,9 +78,7 @@ def make_job(
     across: str,
     rank: int,
     problem: Problem,
-    group: dist.ProcessGroup,
-    traffic: Traffic,
-    pool: MemoryPool,
+    lines: Lines,
 ) -> Job:
     """Rank ``rank``'s job in a ring, whose problem is ``problem``."""
     world, causal, apart = len(ring.held), call.options.is_causal, call.options.dropout_p > 0
@@ -109,11 +105,11 @@ def make_job(
         branches = tuple(
             make_job(
                 alone, replace(ring, pattern=branch_only(ring.pattern, i)), across, rank, _alone(problem, i),
-                group, traffic, pool,
+                lines,
             )
             for i in range(len(call.pattern.branches))
         )  # fmt: skip
-    return Job(problem, call.backend, own, tuple(rounds), branches, group, traffic, pool)
+    return Job(problem, call.backend, own, tuple(rounds), branches, lines)
 
 
 def _alone(problem: Problem, branch: int) -> Problem:

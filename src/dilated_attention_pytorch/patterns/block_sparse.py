@@ -124,9 +124,10 @@ class GlobalLocal:
         local = self.window // self.block_size
         # A window that is the whole document makes one run of both, so that nothing is listed twice.
         everywhere = torch.where(is_global, 0, query.block - local)
-        runs = [Run(everywhere, 1, torch.where(is_global, query.limit, 2 * local + 1))]
         start = torch.zeros_like(query.block)
-        runs += [Run(start, 1, torch.where(is_global, 0, everywhere.clamp(min=0, max=first)))] if first else []
+        # The first blocks before the window: so lists are in order, and need no sorting.
+        runs = [Run(start, 1, torch.where(is_global, 0, everywhere.clamp(min=0, max=first)))] if first else []
+        runs += [Run(everywhere, 1, torch.where(is_global, query.limit, 2 * local + 1))]
         runs += [Run(start + block, 1, (~is_global).long()) for block in others]
         return entries_of_runs(query, runs)
 

@@ -93,24 +93,32 @@ def spread(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """(index of the item, value) for the values first, first + 1, ..., of which item i has ``count[i]``."""
     item = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     before = count.cumsum(0) - count
-    return item, torch.arange(len(item), device=count.device) + (first - before)[item]
+    value = torch.arange(len(item), device=count.device)
+    value += (first - before)[item]
+    return item, value
 
 
 def entries_of_runs(query: QueryBlocks, runs: Iterable[Run]) -> Entries:
-    """The blocks of arithmetic progressions that exist."""
-    rows, columns = [], []
+    """The blocks of arithmetic progressions that exist, tile by tile in the order of the runs."""
+    found, steps = [], []
     for first, step, number in runs:
-        first, length, limit = torch.broadcast_tensors(
-            first, torch.as_tensor(number, device=query.block.device), query.limit
-        )
-        first, length, limit = first.reshape(-1), length.reshape(-1), limit.reshape(-1)
+        length = torch.as_tensor(number, device=query.block.device)
+        first, length, limit = torch.broadcast_tensors(first, length, query.limit)
         skipped = (-first).clamp(min=0).add(step - 1).div(step, rounding_mode="floor")
         inside = (limit - first + step - 1).div(step, rounding_mode="floor")
         last = torch.minimum(length, inside)
-        row, place = spread(skipped, (last - skipped).clamp(min=0))
-        rows.append(row)
-        columns.append(first[row] + step * place)
-    return Entries(torch.cat(rows), torch.cat(columns))
+        found.append((first.reshape(-1), skipped.reshape(-1), (last - skipped).clamp(min=0).reshape(-1)))
+        steps.append(step)
+    first, skipped, count = (torch.stack(columns, 1).reshape(-1) for columns in zip(*found, strict=True))
+    # In place where it can be: of a million rows every copy counts.
+    row, column = spread(skipped, count)
+    if len(set(steps)) == 1:
+        column *= steps[0]
+    else:
+        column *= torch.tensor(steps, device=row.device)[row % len(steps)]
+    column += first[row]
+    row //= len(steps)
+    return Entries(row, column)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +228,11 @@ def plan_of(tiles: Tiles, entries: Entries, *, heads: int, block_size: int) -> B
     exists = column < query.limit[tile]
     if bool(tiles.first_block.any()):  # older keys were dropped
         exists &= column >= tiles.first_block[tile]
-    flat = row * keys + (tiles.first_tile - tiles.first_block)[tile] + column
+    flat = row * keys
+    flat += column
+    shift = tiles.first_tile - tiles.first_block
+    if bool(shift.any()):  # documents, or dropped keys: blocks are no tiles
+        flat += shift[tile]
     if not bool(exists.all()):
         flat = flat[exists]
         whole, bits = (None if given is None else given[exists] for given in (whole, bits))

@@ -70,25 +70,35 @@ class ContentTopK:
             raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(map(repr, get_args(Pooling)))}")
         attach(self)
 
-    def summaries(self, keys: Tensor, exists: Tensor) -> Tensor:
-        """(G, S, parts, D) of keys (G, S, b, D), in their dtype; rows that do not exist (S, b) take no part."""
-        shown = exists[None, ..., None]
+    def summaries(self, keys: Tensor, exists: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(G, S, parts, D) in ``dtype`` of keys (G, S, b, D); rows that do not exist (S, b) take no part.
+
+        None: all rows exist.
+        """
+        shown = None if exists is None else exists[None, ..., None]
         if self.pooling == "min_max":
-            low, high = keys.masked_fill(~shown, torch.inf).amin(2), keys.masked_fill(~shown, -torch.inf).amax(2)
-            none = ~exists.any(1)[None, :, None]
-            return torch.stack([low.masked_fill(none, 0.0), high.masked_fill(none, 0.0)], 2)
+            low = keys if shown is None else keys.masked_fill(~shown, torch.inf)
+            high = keys if shown is None else keys.masked_fill(~shown, -torch.inf)
+            found = torch.stack([low.amin(2), high.amax(2)], 2).to(dtype)
+            return found if exists is None else found.masked_fill(~exists.any(1)[None, :, None, None], 0.0)
         groups = self.sub_blocks if self.pooling == "sub_means" else 1
-        rows = keys.masked_fill(~shown, 0.0).unflatten(2, (groups, -1))
-        number = exists.unflatten(1, (groups, -1)).sum(2).clamp(min=1)[None, ..., None]
-        mean = rows.sum(3) / number
-        if self.pooling == "mean":
+        rows = (keys if shown is None else keys.masked_fill(~shown, 0.0)).unflatten(2, (groups, -1))
+        if exists is None:
+            number: Tensor | int = rows.shape[3]
+        else:
+            number = exists.unflatten(1, (groups, -1)).sum(2).clamp(min=1)[None, ..., None]
+        mean = rows.sum(3, dtype=dtype) / number
+        if self.pooling == "mean" or (self.pooling == "sub_means" and exists is None):
             return mean
         if self.pooling == "sub_means":  # a part without keys takes the mean of the block, which is no maximum
-            whole = rows.sum((2, 3)) / exists.sum(1).clamp(min=1)[None, :, None]
+            assert exists is not None
+            whole = rows.sum((2, 3), dtype=dtype) / exists.sum(1).clamp(min=1)[None, :, None]
             empty = ~exists.unflatten(1, (groups, -1)).any(2)
             return torch.where(empty[None, ..., None], whole.unsqueeze(2), mean)
-        spread_of = (rows - mean.unsqueeze(3)).square().masked_fill(~shown.unsqueeze(2), 0.0).sum(3) / number
-        return torch.cat([mean, spread_of], 2)
+        squares = (rows - mean.unsqueeze(3)).square()
+        if shown is not None:
+            squares = squares.masked_fill(~shown.unsqueeze(2), 0.0)
+        return torch.cat([mean, squares.sum(3) / number], 2)
 
     def scores(self, query: Tensor, summaries: Tensor, scale: float) -> Tensor:
         """(..., rows, S) of queries (..., rows, D) and summaries (..., S, parts, D): larger is better."""

@@ -48,7 +48,8 @@ def dense(q, k, v, g, *, is_causal, seed, key_padding_mask=None, cu_seqlens=None
     seen = torch.zeros(batch, HEADS, queries, ROWS, dtype=torch.bool)
     for b, h, i in ((b, h, i) for b in range(batch) for h in range(HEADS) for i in range(queries)):
         own = int(block[first + i])
-        listed = torch.tensor([0, own - 1, own, own + 1, *selected[b][h][i]])
+        chooser = i if is_causal else max(0, int(start[first + i]) + own * size - first)  # a block's first row
+        listed = torch.tensor([0, own - 1, own, own + 1, *selected[b][h][chooser]])
         seen[b, h, i] = (start == start[first + i]) & torch.isin(block, listed)
     if is_causal:
         seen &= torch.arange(ROWS) <= torch.arange(first, ROWS)[:, None]

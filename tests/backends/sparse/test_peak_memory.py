@@ -68,5 +68,5 @@ def test_a_choice_by_content():
     query = torch.randn(1, ROWS, 1, dim, generator=torch.Generator().manual_seed(0))
     peak, found = peak_bytes(lambda: sparse_select(query, query, None, None, None, pattern.code, 0, False, None))
     assert found.shape == (1, 1, ROWS, 1)
-    assert int(found.min()) >= 0
+    assert int(found[:, :, ::SIZE].min()) >= 0
     assert found.nbytes < peak < 4 * ALL_BLOCKS

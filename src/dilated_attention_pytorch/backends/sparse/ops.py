@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...types import Options, Shape
 from ..documents import read_documents
-from ..ops import _fake_backward, _fake_forward, _register, no_autocast
+from ..ops import _fake_backward, _fake_forward, _observed, _register, no_autocast
 from .dispatch import SPARSE_BACKENDS, choose_sparse
 from .problem import SparseProblem, make_problem
 
@@ -106,7 +106,8 @@ def _backward(
         dropout_p,
     )  # fmt: skip
     chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)[0]]
-    grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
+    if not problem.every_row_has_keys:
+        grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
     with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.backward(
             grad_out, grad_lse, query, key, value, out, lse, problem,
@@ -128,8 +129,9 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
         return None, None, None, *empty[0], empty[1], *empty[2]
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
-    grads = sparse_backward(grad_out, grad_lse, *saved, lists, *ctx.rest)
-    return *grads, *empty[0], empty[1], *empty[2]
+    through = torch.is_grad_enabled() or _observed(grad_out, *saved[:3])
+    function: Callable[..., tuple[Tensor, Tensor, Tensor]] = sparse_backward if through else _backward
+    return *function(grad_out, grad_lse, *saved, lists, *ctx.rest), *empty[0], empty[1], *empty[2]
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,3 +144,46 @@ torch.library.register_autograd("dilated_attention_pytorch::sparse_backward", _r
 torch.library.register_autograd(
     "dilated_attention_pytorch::sparse_forward", _differentiate, setup_context=_setup_context
 )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    """The differentiable operator, past PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        found = _differentiate(ctx, grad_out, grad_lse)
+        return *found[:7], None, *found[8:]
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_starts: Tensor | None,
+    seed: Tensor | None,
+    lists: Sequence[Tensor],
+    pattern: str,
+    key_start: int,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`sparse_forward`, called straight where nobody has to see an operator: see `backends.ops.attention`."""
+    arguments = (
+        query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, lists, pattern, key_start, is_causal, scale,
+        dropout_p, backend,
+    )  # fmt: skip
+    if _observed(query, key, value):
+        return sparse_forward(*arguments)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Attention.apply(*arguments)
+    return _forward(*arguments)

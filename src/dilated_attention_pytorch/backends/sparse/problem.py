@@ -16,6 +16,8 @@ from ...patterns.codes import decode
 from ...patterns.union import bind
 from ...types import Document, Options, Shape
 from ..problem import Problem
+from ..tables import covered
+from .rectangles import BackwardLists, ForwardLists, backward_lists, forward_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +31,41 @@ class SparseProblem:
     dtype: torch.dtype
     device: str
     has_mask: bool = False
+    given: BlockPlan | None = None
+    """The lists, where they are no pattern's on ``documents``."""
 
     @cached_property
     def plan(self) -> BlockPlan:
         """The lists of key blocks of this problem, on its device."""
+        if self.given is not None:
+            return self.given
         return block_plan(
             self.pattern, self.shape, self.documents, is_causal=self.options.is_causal, device=self.device
         )
+
+    @cached_property
+    def every_row_has_keys(self) -> bool:
+        """Whether no row is without keys, as far as lists can tell: blocks that are seen whole, and no mask."""
+        plan = self.plan
+        listed = plan.whole is None and not self.has_mask and covered(self.carrier, "query")
+        return listed and bool((plan.counts > 0).all())
+
+    @cached_property
+    def forward_lists(self) -> ForwardLists:
+        """The lists as the Hopper kernel of the forward pass reads them."""
+        shape = self.shape
+        return forward_lists(
+            self.plan, shape.heads, shape.query_rows, shape.key_rows, is_causal=self.options.is_causal
+        )  # fmt: skip
+
+    @cached_property
+    def backward_lists(self) -> BackwardLists:
+        """The lists as the Hopper kernel of the backward pass reads them."""
+        shape = self.shape
+        return backward_lists(
+            self.plan, shape.heads, shape.kv_heads, shape.query_rows, shape.key_rows,
+            is_causal=self.options.is_causal,
+        )  # fmt: skip
 
     @cached_property
     def carrier(self) -> Problem:

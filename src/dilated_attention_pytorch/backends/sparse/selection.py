@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from ...merge import accumulator_dtype
 from ...patterns.blocks import Tiles, tiles_of
 from ...patterns.codes import decode
 from ...patterns.content import ContentTopK
+from ...patterns.union import members_of
 from ...types import Shape
 from ..documents import read_documents
 from ..ops import _register, no_autocast
-from .tiled import layout
+from .tiled import Layout, layout
 
 _SCORES = 1 << 23
 """Scores that exist at a time."""
@@ -32,7 +34,7 @@ def _select(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """(B, H, Nq, keep) int32: blocks that every query row selects, -1 for none."""
+    """(B, H, Nq, keep) int32: blocks that query rows select, -1 for none; not causal, at a tile's first row alone."""
     content: ContentTopK = decode(pattern)
     batch, rows, heads, dim = query.shape
     kv_heads = key.shape[2]
@@ -58,22 +60,54 @@ def _fill(
     shape: Shape,
     scale: float | None,
 ) -> None:
-    """Write the selection of every tile into ``found``, a few tiles at a time."""
-    size, blocks, acc = content.block_size, tiles.queries, accumulator_dtype(query.dtype)
-    scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
-    own, other = layout(blocks.tiles, size, shape.query_rows), layout(tiles.keys, size, shape.key_rows)
+    """Write the selection of every row into ``found``."""
+    size, acc = content.block_size, accumulator_dtype(query.dtype)
+    own, other = layout(tiles.queries.tiles, size, shape.query_rows), layout(tiles.keys, size, shape.key_rows)
     exists = other.exists
     if mask is not None:
         exists = exists & ~other.tiled(mask[:, :, None, None])[0, ..., 0]
-    summaries = content.summaries(other.tiled(key).to(acc), exists)  # (G, S, parts, D)
-    queries = own.tiled(query)  # (H, T, b, D)
+    alone = None if mask is None and other.complete else exists
+    summaries = content.summaries(other.read(key), alone, acc)  # (G, S, parts, D)
+    scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
+    choose_blocks(found, content, query, own, tiles, summaries, exists.any(1), scale)
+
+
+def choose_blocks(
+    found: Tensor,
+    content: ContentTopK,
+    query: Tensor,
+    own: Layout,
+    tiles: Tiles,
+    summaries: Tensor,
+    filled: Tensor,
+    scale: float,
+) -> None:
+    """Write what the rows of every query tile select into ``found`` (B, H, Nq, keep), a few tiles at a time.
+
+    Args:
+        found: its B * Nq rows are the first of the flat rows that ``own`` counts; the others select nothing. Not
+            causal, only the first row of a tile is written.
+        content: the pattern.
+        query: (B, N, H, D), of whose flat rows ``own`` says which lie in a query tile.
+        own: (T, b) for each query tile.
+        tiles: of the query, and of all keys.
+        summaries: (G, S, parts, D) of the key tiles.
+        filled: (S,) bool, which of them have a key that is not masked.
+        scale: factor of the scores.
+    """
+    size, blocks, acc, heads = content.block_size, tiles.queries, accumulator_dtype(query.dtype), query.shape[2]
+    queries = own.read(query)  # (H, T, b, D)
+    if not blocks.is_causal:
+        number = own.exists.sum(1).clamp(min=1)[:, None, None]
+        queries = queries.sum(2, keepdim=True, dtype=acc) / number
     shift = tiles.first_tile - tiles.first_block  # block -> key tile
     low, high = content.candidates(blocks)
     low, high = torch.maximum(low, tiles.first_block) + shift, high + shift
-    filled = exists.any(1)
     per_tile = 1 if not blocks.is_causal else size
-    group = shape.heads // shape.kv_heads
-    step = max(1, _SCORES // (shape.heads * per_tile * len(tiles.keys)))
+    group = heads // summaries.shape[0]
+    step = max(1, _SCORES // (heads * per_tile * len(tiles.keys)))
+    rows = found.shape[2]
+    written = own.exists & (own.rows < found.shape[0] * rows)
     for begin in range(0, len(blocks.block), step):
         here = slice(begin, begin + step)
         first, last = int(low[here].min()), max(int(high[here].max()), int(low[here].min()) + 1)
@@ -84,19 +118,30 @@ def _fill(
         if not blocks.is_causal:
             distance = columns - (blocks.block + shift)[here, None]
             allowed &= distance.abs() > content.always_local
-        q = queries[:, here].to(acc)  # (H, t, b, D)
-        if not blocks.is_causal:
-            number = own.exists[here].sum(1).clamp(min=1)[:, None, None]
-            q = q.sum(2, keepdim=True) / number
-        q = q.unflatten(0, (shape.kv_heads, group)).flatten(2, 3)  # (G, group, t * rows, D)
+        q = queries[:, here].to(acc)  # (H, t, b or 1, D)
+        q = q.unflatten(0, (-1, group)).flatten(2, 3)  # (G, group, t * rows, D)
         known = summaries[:, None, first : first + len(columns)]
         mine = content.select(q, known, allowed.repeat_interleave(per_tile, 0), scale)
         mine = mine.flatten(0, 1).unflatten(1, (-1, per_tile))  # (H, t, rows, keep)
         block = torch.where(mine >= 0, mine + (first - shift[here])[None, :, None, None], -1).int()
-        block = block.expand(-1, -1, size, -1)
-        places = own.rows[here][own.exists[here]]
-        batch, row = places // shape.query_rows, places % shape.query_rows
-        found[batch, :, row] = block.transpose(0, 1).transpose(1, 2)[own.exists[here]]
+        if not blocks.is_causal:
+            batch, row = blocks.tiles[here, :2].long().unbind(1)
+            found[batch, :, row] = block[:, :, 0].transpose(0, 1)
+            continue
+        places = own.rows[here][written[here]]
+        batch, row = places // rows, places % rows
+        found[batch, :, row] = block.transpose(0, 1).transpose(1, 2)[written[here]]
+
+
+def pattern_tensors(pattern: Any, select: Callable[[ContentTopK], Tensor]) -> list[Tensor]:
+    """Tensors that go with a pattern's code: explicit lists, and what the content of query and key selects."""
+    lists: list[Tensor] = []
+    for member in members_of(pattern):
+        if isinstance(member, ContentTopK):
+            lists.append(select(member))
+        else:
+            lists += getattr(member, "tensors", ())
+    return lists
 
 
 def _fake_select(query: Tensor, key: Tensor, mask: Any, cu: Any, starts: Any, pattern: str, *_: Any) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,11 +22,30 @@ _LONG = 4
 """Tiles that a view must span on average to be worth a call, and a merge, of its own."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """Where the rows of a table of tiles lie: flat row (tiles, b) in (B * N) rows, and which of them exist."""
 
     rows: Tensor
     exists: Tensor
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether all rows of all tiles exist."""
+        return bool(self.exists.all())
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether the tiles are complete and follow one another from flat row 0 on."""
+        in_turn = self.rows[:, 0] == torch.arange(len(self.rows), device=self.rows.device) * self.rows.shape[1]
+        return self.complete and bool(in_turn.all())
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """(heads, tiles, b, D) of a (B, N, heads, D) tensor to read from: a view where the tiles are regular."""
+        count, size = self.rows.shape
+        if self.regular and count * size == tensor.shape[0] * tensor.shape[1]:
+            return tensor.flatten(0, 1).unflatten(0, (count, size)).permute(2, 0, 1, 3)
+        return self.tiled(tensor)
 
     def tiled(self, tensor: Tensor) -> Tensor:
         """(heads, tiles, b, D) of a (B, N, heads, D) tensor, contiguous; zeros where no row exists."""
@@ -34,7 +53,7 @@ class Layout(NamedTuple):
         found = flat.new_empty(tensor.shape[2], *self.rows.shape, tensor.shape[3])
         picked = flat.index_select(0, self.rows.clamp(0, flat.shape[0] - 1).reshape(-1))
         found.copy_(picked.unflatten(0, self.rows.shape).permute(2, 0, 1, 3))
-        if not bool(self.exists.all()):
+        if not self.complete:
             found.masked_fill_(~self.exists[..., None], 0)
         return found
 
@@ -116,7 +135,8 @@ def parts(plan: BlockPlan, heads: int, kv_heads: int, width: int, *, is_causal: 
     if is_causal:
         own = plan.query_tiles[entry_row % count].long()
         other = plan.key_tiles[column].long()
-        diagonal = own[:, 2] // size == other[:, 2] // size
+        # Of a block that lies on several ranks a tile may hold the rows before the query's alone: all are seen.
+        diagonal = (own[:, 2] // size == other[:, 2] // size) & (other[:, 2] + other[:, 3] > own[:, 2])
     per_call = max(1, _GATHERED // (size * width))
     regular = ~diagonal & ~ragged[column]
     yield from _regular(plan, entry_row[regular], column[regular], heads, kv_heads, per_call)
@@ -124,12 +144,21 @@ def parts(plan: BlockPlan, heads: int, kv_heads: int, width: int, *, is_causal: 
     alone = ~regular
     if not bool(alone.any()):
         return
-    # Causal squares and ragged tiles: one key tile a problem, alike in which of its rows exist.
-    kind = (diagonal.long() * size + low[column]) * (size + 1) + high[column]
+    # Causal squares and ragged tiles: one key tile a problem, alike in which of its rows exist, no query tile twice.
+    entry_row, column, kind = (
+        given[alone]
+        for given in (entry_row, column, (diagonal.long() * size + low[column]) * (size + 1) + high[column])
+    )
+    order = torch.argsort(kind * plan.counts.numel() + entry_row, stable=True)
+    entry_row, column, kind = entry_row[order], column[order], kind[order]
+    same = torch.zeros_like(kind)
+    same[1:] = (kind.diff() == 0) & (entry_row.diff() == 0)
+    turn = same.cumsum(0) - torch.where(same == 0, same.cumsum(0), 0).cummax(0).values
     row_heads = 1 if plan.per_head else heads
-    for value in torch.unique(kind[alone]).tolist():
-        chosen = alone & (kind == value)
-        rest, top = divmod(value, size + 1)
+    kind = kind + turn * 2 * size * (size + 1)
+    for value in torch.unique(kind).tolist():
+        chosen = kind == value
+        rest, top = divmod(value % (2 * size * (size + 1)), size + 1)
         square, bottom = divmod(rest, size)
         rows, tiles = _every_head(entry_row[chosen], column[chosen][:, None], row_heads, count)
         tiles = tiles + (rows // count * kv_heads // heads * keys)[:, None]

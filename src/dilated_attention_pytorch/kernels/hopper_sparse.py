@@ -1,0 +1,232 @@
+"""Forward of block-sparse attention for Hopper GPUs (Gluon): the consumers of dilated attention, fed by lists.
+
+A tile holds up to 128 consecutive query rows of one head. The consumers take what they need to know of a block of
+keys from its record (`hopper_producer`), so a scheduler that reads tiles from a table, and a producer that reads
+records from a list, are all that block-sparse attention adds. `backends.sparse.rectangles` makes both tables.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .hopper_forward import Sizes, _consumer, _processors, tuning_of
+from .hopper_producer import (
+    BLOCK_KEYS,
+    BLOCK_ROWS,
+    HEAD_DIMS,
+    INT32,
+    Spec,
+    _next_plan,
+    _produce_nothing,
+    _produce_tile,
+    load_rows,
+    write_record,
+)
+from .launch import Address, Launch, fresh_counters
+
+
+@gluon.jit
+def _list_scheduler(spec: gl.constexpr, plans, tile_table, counter, tiles):
+    """Take tiles from the counter, ahead of the producer."""
+    plan_s, plan_full, plan_empty = plans
+    turn = 0
+    mbarrier.wait(plan_empty, 1)
+    tile = gl.atomic_add(counter, 1, sem="relaxed")
+    while tile < tiles:
+        entry = tile_table + tile * 4
+        row = gl.load(entry)
+        packed = gl.load(entry + 1)
+        first = gl.load(entry + 2)
+        count = gl.load(entry + 3)
+        # A tile without keys still has rows to write: it gets a block without keys.
+        write_record(
+            plan_s.index(0), gl.where(count > 0, count, -1), packed % 256, row, packed // 256, first, 0, 0, 0
+        )  # fmt: skip
+        mbarrier.arrive(plan_full, count=1)
+        turn += 1
+        mbarrier.wait(plan_empty, (turn & 1) ^ 1)
+        tile = gl.atomic_add(counter, 1, sem="relaxed")
+    write_record(plan_s.index(0), 0, 0, 0, 0, 0, 0, 0, 0)
+    mbarrier.arrive(plan_full, count=1)
+
+
+@gluon.jit
+def _list_producer(spec: gl.constexpr, q_desc, k_desc, v_desc, shared, plans, records, query_total, key_total):
+    _, k_s, v_s, block_s, _, _, _, k_full, k_empty, v_full, v_empty = shared
+    size: gl.constexpr = spec.keys * spec.padded * 2
+    block = 0
+    turn = 0
+    blocks, rows, row, head, first, _a, _b, _c = _next_plan(plans, turn)
+    while blocks != 0:
+        _produce_tile(spec, q_desc, shared, turn, gl.maximum(blocks, 1), rows, row, head, query_total)
+        turn += 1
+        ask = block + gl.maximum(blocks - 3, 0)
+        if blocks < 0:
+            mbarrier.arrive(plans[2], count=1)
+            block = _produce_nothing(spec, k_desc, v_desc, shared, key_total, block)
+        else:
+            kv_head = head // spec.group
+            entry = records + first.to(gl.int64) * 4
+            key_row = gl.load(entry)
+            ahead = gl.load(entry + 1)
+            keys = gl.load(entry + 2)
+            members = gl.load(entry + 3)
+            for n in range(blocks):
+                mbarrier.arrive(plans[2], count=1, pred=block == ask)
+                # The next record is on its way while this block waits for room.
+                entry += gl.where(n + 1 < blocks, 4, 0)
+                next_key_row = gl.load(entry)
+                next_ahead = gl.load(entry + 1)
+                next_keys = gl.load(entry + 2)
+                next_members = gl.load(entry + 3)
+                stage = block % spec.stages
+                phase = ((block // spec.stages) & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                write_record(
+                    block_s.index(block % (2 * spec.stages)),
+                    keys // 65536, keys % 256, keys // 256 % 256, ahead, 1, members % 256, members // 256, 0,
+                )  # fmt: skip
+                mbarrier.expect(k_full.index(stage), size)
+                load_rows(spec, spec.keys, k_desc, key_row, 0, kv_head, k_full.index(stage), k_s.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), size)
+                load_rows(spec, spec.keys, v_desc, key_row, 0, kv_head, v_full.index(stage), v_s.index(stage))
+                block += 1
+                key_row = next_key_row
+                ahead = next_ahead
+                keys = next_keys
+                members = next_members
+        blocks, rows, row, head, first, _a, _b, _c = _next_plan(plans, turn)
+    # A tile of no blocks ends the consumers, which expect a first block behind their last tile.
+    _produce_tile(spec, q_desc, shared, turn, 0, 0, 0, 0, query_total)
+    _produce_nothing(spec, k_desc, v_desc, shared, key_total, block)
+
+
+@gluon.jit(do_not_specialize=["tiles", "query_total", "key_total"])
+def sparse_forward_kernel(
+    spec: gl.constexpr, q_desc, out_desc, k_desc, v_desc, out, lse, tile_table, records, counter, tiles, query_total,
+    key_total, scale_log2, consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
+):  # fmt: skip
+    """One CTA per SM; shared memory and barriers as in `hopper_forward.hopper_forward_kernel`."""
+    element: gl.constexpr = q_desc.dtype
+    flat: gl.constexpr = gl.NVMMASharedLayout(min(128, spec.padded * 2), 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(element, [4, 64, spec.padded], flat)
+    o_s = gl.allocate_shared_memory(element, [2, 64, spec.padded], flat)
+    k_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
+    v_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
+    block_s = gl.allocate_shared_memory(gl.int32, [2 * spec.stages, 8], plain)
+    tile_s = gl.allocate_shared_memory(gl.int32, [2, 8], plain)
+    plan_s = gl.allocate_shared_memory(gl.int32, [1, 8], plain)
+    plan_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    plan_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    o_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(o_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    mbarrier.init(plan_full, count=1)
+    mbarrier.init(plan_empty, count=1)
+    stages: gl.constexpr = spec.stages
+    for i in gl.static_range(stages):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    shared = (q_s, k_s, v_s, block_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    plans = (plan_s, plan_full, plan_empty)
+    gl.warp_specialize([
+        (_consumer, (spec, 0, scale_log2, query_total, out_desc, out, lse, o_s.index(0), o_full.index(0), shared)),
+        (_consumer, (spec, 1, scale_log2, query_total, out_desc, out, lse, o_s.index(1), o_full.index(1), shared)),
+        (_list_producer, (spec, q_desc, k_desc, v_desc, shared, plans, records, query_total, key_total)),
+        (_list_scheduler, (spec, plans, tile_table, counter, tiles)),
+    ], [4, 1, 1], [consumer_registers, producer_registers, producer_registers])  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _spec(heads: int, kv_heads: int, dim: int, is_causal: bool) -> Spec:
+    """What the consumers are compiled for: one branch of rate 1, whose segment has no end."""
+    tuning = tuning_of(dim, is_causal)
+    first, second = HEAD_DIMS[dim]
+    return Spec(
+        heads=heads, group=heads // kv_heads, dim=dim, padded=1 << (dim - 1).bit_length(), first=first, second=second,
+        stride=1, parts=1, keys=BLOCK_KEYS, stages=tuning.stages, lengths=(INT32,), rates=(1,), interleaved=False,
+        causal=is_causal, merge=False, alternate=tuning.alternate, pin=tuning.pin,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, tiles: int, is_causal: bool,
+    scale: float,
+) -> Launch:  # fmt: skip
+    """A launch of (query, key, value, out, lse, tiles, records, counter)."""
+    batch, query_rows, heads, dim = query.shape
+    key_rows, kv_heads = key.shape[1:3]
+    spec, tuning = _spec(heads, kv_heads, dim, is_causal), tuning_of(dim, is_causal)
+    out = Sizes(query.shape, (query_rows * heads * dim, heads * dim, dim, 1))
+    arguments = (
+        spec,
+        query.view(0, 1, BLOCK_ROWS // 2, spec.padded),
+        out.view(3, 1, BLOCK_ROWS // 2, spec.padded),
+        key.view(1, 1, BLOCK_KEYS, spec.padded),
+        value.view(2, 1, BLOCK_KEYS, spec.padded),
+        Address(3),
+        Address(4),
+        Address(5),
+        Address(6),
+        Address(7),
+        tiles,
+        batch * query_rows,
+        batch * key_rows,
+        scale * math.log2(math.e),
+        tuning.consumer_registers,
+        tuning.producer_registers,
+    )
+    return Launch(sparse_forward_kernel, min(_processors(device), tiles), arguments, device, num_warps=4)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    tiles: Tensor,
+    records: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> None:
+    """Write the rows of all tiles into out (B, Nq, H, D) and lse (B, Nq, H) float32, both contiguous.
+
+    Args:
+        query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D) in bfloat16 or float16, whose batch
+            stride is rows x row stride, with rows and heads at multiples of 16 bytes.
+        out, lse: see above; rows of no tile are left as they are.
+        tiles, records: `backends.sparse.rectangles.ForwardLists`.
+        is_causal, scale: as for `sparse_attention`.
+    """
+    if not len(tiles):
+        return
+    launch = _launch(
+        Sizes(query.shape, query.stride()), Sizes(key.shape, key.stride()), Sizes(value.shape, value.stride()),
+        query.dtype, query.device, len(tiles), is_causal, scale,
+    )  # fmt: skip
+    (counter,) = fresh_counters(1, query.device)
+    launch(query, key, value, out, lse, tiles, records, counter)
