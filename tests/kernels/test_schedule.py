@@ -73,9 +73,10 @@ def test_every_wanted_tile_is_dealt_once_and_the_load_is_even(count, programs):
     assert schedule is not None
     assert schedule.programs == min(programs, wanted.sum())
     tiles, starts = schedule.tiles.numpy(), schedule.starts.numpy()
-    assert (starts[0], starts[-1]) == (0, len(tiles))
+    assert (len(starts), starts[0], starts[-1]) == (programs + 1, 0, len(tiles))
     assert np.array_equal(np.sort(tiles), np.flatnonzero(wanted))
-    loads = np.add.reduceat(costs.reshape(-1)[tiles], starts[:-1])
+    assert (np.diff(starts) > 0).sum() == schedule.programs
+    loads = np.add.reduceat(costs.reshape(-1)[tiles], starts[: schedule.programs])
     assert loads.max() <= loads.mean() + costs[wanted].max()
     if wanted.sum() > 50 * programs:
         assert loads.max() <= 1.02 * loads.mean()

@@ -29,18 +29,20 @@ from .hopper_producer import (
     load_rows,
     write_record,
 )
-from .launch import Address, Launch, fresh_counters
+from .launch import Address, Launch
+from .schedule import Work
 
 
 @gluon.jit
-def _list_scheduler(spec: gl.constexpr, plans, tile_table, counter, tiles):
-    """Take tiles from the counter, ahead of the producer."""
+def _list_scheduler(spec: gl.constexpr, plans, tile_table, tiles, starts):
+    """Read this program's tiles (`schedule.deal`), ahead of the producer."""
     plan_s, plan_full, plan_empty = plans
     turn = 0
+    at = gl.load(starts + gl.program_id(0))
+    stop = gl.load(starts + gl.program_id(0) + 1)
     mbarrier.wait(plan_empty, 1)
-    tile = gl.atomic_add(counter, 1, sem="relaxed")
-    while tile < tiles:
-        entry = tile_table + tile * 4
+    while at < stop:
+        entry = tile_table + gl.load(tiles + at) * 4
         row = gl.load(entry)
         packed = gl.load(entry + 1)
         first = gl.load(entry + 2)
@@ -52,7 +54,7 @@ def _list_scheduler(spec: gl.constexpr, plans, tile_table, counter, tiles):
         mbarrier.arrive(plan_full, count=1)
         turn += 1
         mbarrier.wait(plan_empty, (turn & 1) ^ 1)
-        tile = gl.atomic_add(counter, 1, sem="relaxed")
+        at += 1
     write_record(plan_s.index(0), 0, 0, 0, 0, 0, 0, 0, 0)
     mbarrier.arrive(plan_full, count=1)
 
@@ -109,9 +111,9 @@ def _list_producer(spec: gl.constexpr, q_desc, k_desc, v_desc, shared, plans, re
     _produce_nothing(spec, k_desc, v_desc, shared, key_total, block)
 
 
-@gluon.jit(do_not_specialize=["tiles", "query_total", "key_total"])
+@gluon.jit(do_not_specialize=["query_total", "key_total"])
 def sparse_forward_kernel(
-    spec: gl.constexpr, q_desc, out_desc, k_desc, v_desc, out, lse, tile_table, records, counter, tiles, query_total,
+    spec: gl.constexpr, q_desc, out_desc, k_desc, v_desc, out, lse, tile_table, records, tiles, starts, query_total,
     key_total, scale_log2, consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
 ):  # fmt: skip
     """One CTA per SM; shared memory and barriers as in `hopper_forward.hopper_forward_kernel`."""
@@ -154,7 +156,7 @@ def sparse_forward_kernel(
         (_consumer, (spec, 0, scale_log2, query_total, out_desc, out, lse, o_s.index(0), o_full.index(0), shared)),
         (_consumer, (spec, 1, scale_log2, query_total, out_desc, out, lse, o_s.index(1), o_full.index(1), shared)),
         (_list_producer, (spec, q_desc, k_desc, v_desc, shared, plans, records, query_total, key_total)),
-        (_list_scheduler, (spec, plans, tile_table, counter, tiles)),
+        (_list_scheduler, (spec, plans, tile_table, tiles, starts)),
     ], [4, 1, 1], [consumer_registers, producer_registers, producer_registers])  # fmt: skip
 
 
@@ -172,10 +174,10 @@ def _spec(heads: int, kv_heads: int, dim: int, is_causal: bool) -> Spec:
 
 @lru_cache(maxsize=256)
 def _launch(
-    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, tiles: int, is_causal: bool,
-    scale: float,
+    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, programs: int,
+    is_causal: bool, scale: float,
 ) -> Launch:  # fmt: skip
-    """A launch of (query, key, value, out, lse, tiles, records, counter)."""
+    """A launch of (query, key, value, out, lse, tile table, records, tiles, starts)."""
     batch, query_rows, heads, dim = query.shape
     key_rows, kv_heads = key.shape[1:3]
     spec, tuning = _spec(heads, kv_heads, dim, is_causal), tuning_of(dim, is_causal)
@@ -191,14 +193,14 @@ def _launch(
         Address(5),
         Address(6),
         Address(7),
-        tiles,
+        Address(8),
         batch * query_rows,
         batch * key_rows,
         scale * math.log2(math.e),
         tuning.consumer_registers,
         tuning.producer_registers,
     )
-    return Launch(sparse_forward_kernel, min(_processors(device), tiles), arguments, device, num_warps=4)
+    return Launch(sparse_forward_kernel, programs, arguments, device, num_warps=4)
 
 
 def forward(
@@ -210,6 +212,7 @@ def forward(
     *,
     tiles: Tensor,
     records: Tensor,
+    work: Work,
     is_causal: bool,
     scale: float,
 ) -> None:
@@ -219,14 +222,14 @@ def forward(
         query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D) in bfloat16 or float16, whose batch
             stride is rows x row stride, with rows and heads at multiples of 16 bytes.
         out, lse: see above; rows of no tile are left as they are.
-        tiles, records: `backends.sparse.rectangles.ForwardLists`.
+        tiles, records, work: `backends.sparse.rectangles.ForwardLists`.
         is_causal, scale: as for `sparse_attention`.
     """
-    if not len(tiles):
+    schedule = work.dealt(0, len(work.blocks), _processors(query.device), query.device)
+    if schedule is None:
         return
     launch = _launch(
         Sizes(query.shape, query.stride()), Sizes(key.shape, key.stride()), Sizes(value.shape, value.stride()),
-        query.dtype, query.device, len(tiles), is_causal, scale,
+        query.dtype, query.device, schedule.programs, is_causal, scale,
     )  # fmt: skip
-    (counter,) = fresh_counters(1, query.device)
-    launch(query, key, value, out, lse, tiles, records, counter)
+    launch(query, key, value, out, lse, tiles, records, schedule.tiles, schedule.starts)

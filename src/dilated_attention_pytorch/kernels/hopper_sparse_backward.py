@@ -29,7 +29,8 @@ from .hopper_backward import (
     _view,
 )
 from .hopper_backward_kernel import LONGEST, _as_4d, _consumer, _put, _writer
-from .launch import Address, Launch, fresh_counters
+from .launch import Address, Launch
+from .schedule import Work
 
 _ONE_PASS = 64 << 20
 """Bytes of float32 sums of dQ up to which all heads are done in one pass: more passes only cost the host time."""
@@ -37,8 +38,8 @@ _ONE_PASS = 64 << 20
 
 @gluon.jit
 def _list_producer(
-    P: gl.constexpr, k_d, v_d, q_d, do_d, sums, tile_table, segments, records, order, order_step, list_step, counter,
-    tile_count, query_rows, key_rows, head0, head_count, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars,
+    P: gl.constexpr, k_d, v_d, q_d, do_d, sums, tile_table, segments, records, tiles, starts, list_step,
+    tile_count, query_rows, key_rows, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars,
 ):  # fmt: skip
     DP: gl.constexpr = P[3]
     BQ: gl.constexpr = P[4]
@@ -48,10 +49,12 @@ def _list_producer(
     kv_full, kv_empty, q_full, do_full, empty, _dq_full, _dq_empty = bars
     turn = 0
     it = 0
-    tile = gl.atomic_add(counter, 1)
-    while tile < head_count * tile_count:
-        kv_head = head0 + tile % head_count
-        at = gl.load(order + kv_head * order_step + tile // head_count)
+    dealt = gl.load(starts + gl.program_id(0))
+    stop = gl.load(starts + gl.program_id(0) + 1)
+    while dealt < stop:
+        tile = gl.load(tiles + dealt)
+        kv_head = head0 + tile // tile_count
+        at = tile % tile_count
         own = gl.load(tile_table + at * 4)
         rows = gl.load(tile_table + at * 4 + 1)
         first = gl.load(tile_table + at * 4 + 2)
@@ -138,7 +141,7 @@ def _list_producer(
                 flat = next_flat
                 position = next_position
                 packed = next_packed
-        tile = gl.atomic_add(counter, 1)
+        dealt += 1
     mbarrier.wait(kv_empty, (turn & 1) ^ 1)
     _put(tile_s, 0, -1)
     fence_async_shared()
@@ -146,15 +149,15 @@ def _list_producer(
 
 
 _INTEGERS = [
-    "order_step", "list_step", "tile_count", "query_rows", "key_rows", "head0", "head_count", "query_head0",
-    "key_stride", "key_head_stride", "value_stride", "value_head_stride",
+    "list_step", "tile_count", "query_rows", "key_rows", "head0", "query_head0", "key_stride",
+    "key_head_stride", "value_stride", "value_head_stride",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def sparse_backward_kernel(
-    P: gl.constexpr, k_d, v_d, q_d, do_d, dq_d, key, value, dk_out, dv_out, sums, tile_table, segments, records, order,
-    order_step, list_step, counter, tile_count, query_rows, key_rows, head0, head_count, query_head0, key_stride,
+    P: gl.constexpr, k_d, v_d, q_d, do_d, dq_d, key, value, dk_out, dv_out, sums, tile_table, segments, records, tiles,
+    starts, list_step, tile_count, query_rows, key_rows, head0, query_head0, key_stride,
     key_head_stride, value_stride, value_head_stride, scale_log2, scale, CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -200,8 +203,8 @@ def sparse_backward_kernel(
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
         (_consumer, (P, 1, scale_log2, scale, key, value, dk_out, dv_out, key_stride, key_head_stride, value_stride,
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
-        (_list_producer, (P, k_d, v_d, q_d, do_d, sums, tile_table, segments, records, order, order_step, list_step,
-         counter, tile_count, query_rows, key_rows, head0, head_count, k_s, v_s, q_s, do_s, row_s, info_s, tile_s,
+        (_list_producer, (P, k_d, v_d, q_d, do_d, sums, tile_table, segments, records, tiles, starts, list_step,
+         tile_count, query_rows, key_rows, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s,
          bars)),
         (_writer, (P, (dq_d,), dq_s, info_s, tile_s, bars, query_head0)),
     ], [4, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
@@ -212,15 +215,17 @@ class _Launches(NamedTuple):
     """Of (out, grad_out, lse, sums) and, where there is one, grad_lse."""
     scratch: tuple[int, ...]
     """Shape of the sums of dQ of one pass, float32."""
+    heads: int
+    """Key heads of a pass, but perhaps of the last."""
     passes: tuple[tuple[Launch, Launch], ...]
-    """For some heads, of (query, key, value, grad_out, dk, dv, sums, tiles, dq sums, segments, records, order,
-    counter), and of (dq sums, dq)."""
+    """For some heads, of (query, key, value, grad_out, dk, dv, sums, tiles, dq sums, segments, records, tiles dealt,
+    their starts), and of (dq sums, dq)."""
 
 
 @lru_cache(maxsize=256)
 def _launches(
     query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
-    tiles: int, order_step: int, list_step: int, is_causal: bool, scale: float,
+    tiles: int, list_step: int, is_causal: bool, scale: float,
 ) -> _Launches:  # fmt: skip
     batches, query_rows, heads, d = query
     key_rows, kv_heads = key[1:3]
@@ -248,7 +253,7 @@ def _launches(
             _view(3, query, strides.grad_out, dtype, 1, block, padded, total),
             _view(8, scratch, scratch_strides, torch.float32, 1, block, padded // 2, total),
             Address(1), Address(2), Address(4), Address(5), Address(6), Address(7), Address(9), Address(10),
-            Address(11), order_step, list_step, Address(12), tiles, query_rows, key_rows, head0, count, head0 * group,
+            Address(11), Address(12), list_step, tiles, query_rows, key_rows, head0, head0 * group,
             *strides.key[1:3], *strides.value[1:3], scale * math.log2(math.e), scale, *registers,
         )  # fmt: skip
         gradients = Launch(sparse_backward_kernel, _processors(device), arguments, device, num_warps=4)
@@ -259,7 +264,7 @@ def _launches(
             device, num_warps=4,
         )  # fmt: skip
         passes.append((gradients, convert))
-    return _Launches(rows, scratch, tuple(passes))
+    return _Launches(rows, scratch, per_pass, tuple(passes))
 
 
 def backward(
@@ -276,7 +281,7 @@ def backward(
     tiles: Tensor,
     segments: Tensor,
     records: Tensor,
-    order: Tensor,
+    work: Work,
     is_causal: bool,
     scale: float,
 ) -> Tensor:
@@ -287,7 +292,7 @@ def backward(
         query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D) in bfloat16 or float16, whose batch
             stride is rows x row stride, with rows and heads at multiples of 16 bytes.
         dk, dv: key rows of no tile are left as they are.
-        tiles, segments, records, order: `backends.sparse.rectangles.BackwardLists`.
+        tiles, segments, records, work: `backends.sparse.rectangles.BackwardLists`.
         is_causal, scale: as for `sparse_attention`.
     """
     device = query.device
@@ -301,13 +306,12 @@ def backward(
     launches = _launches(
         query.shape, key.shape,
         _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
-        query.dtype, device, grad_lse is not None, len(tiles), len(tiles) if order.shape[0] > 1 else 0,
+        query.dtype, device, grad_lse is not None, len(tiles),
         len(tiles) if len(segments) > len(tiles) else 0, is_causal, scale,
     )  # fmt: skip
     batches, query_rows, heads = query.shape[:3]
     sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)
     launches.rows(out, grad_out, lse.contiguous(), sums, *(() if grad_lse is None else (grad_lse.contiguous(),)))
-    counters = fresh_counters(len(launches.passes), device)
     lanes = min(2, len(launches.passes))
     scratch = torch.empty((lanes, *launches.scratch), dtype=torch.float32, device=device).unbind()
     main = torch.cuda.current_stream(device)
@@ -318,8 +322,11 @@ def backward(
         # Two passes are under way at a time: one's last tiles and its conversion overlap the other's first tiles.
         with torch.cuda.stream(streams[turn % lanes]):
             part = scratch[turn % lanes].zero_()
+            schedule = work.dealt(turn * launches.heads, launches.heads, _processors(device), device)
+            assert schedule is not None  # there are tiles
             gradients(
-                query, key, value, grad_out, dk, dv, sums, tiles, part, segments, records, order, counters[turn]
+                query, key, value, grad_out, dk, dv, sums, tiles, part, segments, records, schedule.tiles,
+                schedule.starts,
             )  # fmt: skip
             convert(part, dq)
     if lanes > 1:

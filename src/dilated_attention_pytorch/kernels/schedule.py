@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -38,15 +38,31 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The tiles of program p: ``tiles[starts[p]:starts[p + 1]]``, in the order in which it computes them."""
+    """The tiles of program p: ``tiles[starts[p]:starts[p + 1]]``, in the order in which it computes them; int32."""
 
     tiles: Tensor
     starts: Tensor
 
     @property
     def programs(self) -> int:
-        """How many programs there are."""
-        return len(self.starts) - 1
+        """How many programs have a tile: the first ones."""
+        return min(len(self.starts) - 1, len(self.tiles))
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Blocks that tiles meet, (heads, tiles), and how these were dealt."""
+
+    blocks: NDArray[np.int64]
+    _dealt: dict[tuple[int, int, int, torch.device], Schedule | None] = field(default_factory=dict, repr=False)
+
+    def dealt(self, head: int, count: int, programs: int, device: torch.device) -> Schedule | None:
+        """The tiles of ``count`` heads from ``head`` on, numbered within these, dealt by `deal` once."""
+        asked = head, count, programs, device
+        if asked not in self._dealt:
+            blocks = self.blocks[head : head + count]
+            self._dealt[asked] = deal(blocks + TILE_COST, np.ones(blocks.shape, dtype=bool), programs, device)
+        return self._dealt[asked]
 
 
 def met_blocks(
@@ -122,7 +138,6 @@ def deal(
     if not len(tiles):
         return None
     work = flat[tiles]
-    programs = min(programs, len(tiles))
     by_weight = np.lexsort((-np.arange(len(tiles)), work))
     share = _LIGHT if len(tiles) > _FEW * programs else 1.0
     light = by_weight[: int(np.searchsorted(np.cumsum(work[by_weight]), share * work.sum()))]

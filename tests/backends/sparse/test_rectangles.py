@@ -100,7 +100,8 @@ def test_rectangles_are_the_pairs_of_the_plan(name, place, is_causal):
                 assert not shown[:, high + 1 :].any()
             add(found[head], first_row, key_row, shown[:rows])
     assert torch.equal(found, expected)
-    assert counts == sorted(counts, reverse=True)
+    assert lists.work.blocks.reshape(-1).tolist() == counts
+    assert len(lists.work.blocks) == 2
     assert len(seen) == len(lists.tiles) == 2 * len({first for _, first in seen})
     assert 0 < lists.fill <= 1
 
@@ -114,9 +115,10 @@ def test_transposed_rectangles_are_the_pairs_of_the_plan(name, place, is_causal)
     found = torch.zeros_like(expected)
     lists, count = given.backward_lists, len(given.backward_lists.tiles)
     assert sorted(lists.tiles[:, 0].tolist()) == lists.tiles[:, 0].tolist()
+    by_head = lists.segments.view(-1, count, 4)[..., 1:3].sum(-1).expand(2, count)
+    assert lists.work.blocks.tolist() == by_head.unflatten(0, (1 if is_causal else 2, -1)).sum(1).tolist()
     for owner in range(len(lists.segments) // count):
         heads = [owner] if len(lists.segments) > count else range(2)
-        assert sorted(lists.order[owner if len(lists.order) > 1 else 0].tolist()) == list(range(count))
         for place_of, (key_row, _rows, position, _) in enumerate(lists.tiles.tolist()):
             first, masked, clean, _ = lists.segments[owner * count + place_of].tolist()
             records = lists.records[first : first + masked + clean].tolist()

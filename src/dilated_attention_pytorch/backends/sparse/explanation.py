@@ -81,7 +81,7 @@ def explain_problem(problem: SparseProblem, backend: str) -> SparseExplanation:
         size += sum(tensor.nbytes for tensor in problem.forward_lists[:2])
     turned = 4 * (lists * (len(plan.key_tiles) + 1) + 2 * entries) if backwards == "triton" else 0
     if backwards == "gluon":
-        turned = sum(tensor.nbytes for tensor in problem.backward_lists)
+        turned = sum(tensor.nbytes for tensor in problem.backward_lists[:3])
     last, first = shape.key_rows, shape.key_rows - shape.query_rows
     causal_pairs = (last * (last + 1) - first * (first + 1)) // 2
     dense = causal_pairs if is_causal else shape.query_rows * shape.key_rows

@@ -62,8 +62,8 @@ def forward(
     lists, (q, k, v) = problem.forward_lists, map(dilated._ready, (query, key, value))
     hold_for_replays(lists)
     hopper_sparse.forward(
-        q, k, v, out, lse, tiles=lists.tiles, records=lists.records, is_causal=problem.options.is_causal,
-        scale=problem.options.scale,
+        q, k, v, out, lse, tiles=lists.tiles, records=lists.records, work=lists.work,
+        is_causal=problem.options.is_causal, scale=problem.options.scale,
     )  # fmt: skip
     return out, lse
 
@@ -90,6 +90,6 @@ def backward(
     hold_for_replays(lists)
     dq = hopper_sparse_backward.backward(
         do, grad_lse, q, k, v, out, lse, dk, dv, tiles=lists.tiles, segments=lists.segments, records=lists.records,
-        order=lists.order, is_causal=problem.options.is_causal, scale=problem.options.scale,
+        work=lists.work, is_causal=problem.options.is_causal, scale=problem.options.scale,
     )  # fmt: skip
     return dq, dk, dv

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.schedule import Work
 from ...patterns.blocks import BlockPlan, spread
 
 TILE = 128
@@ -92,10 +93,12 @@ class ForwardLists(NamedTuple):
     """What the forward kernel reads; int32."""
 
     tiles: Tensor
-    """(heads * tiles, 4), those with the most records first: first row, rows + 256 * head, first record, records."""
+    """(heads * tiles, 4): first row, rows + 256 * head, first record, records."""
     records: Tensor
     """(records, 4): first key row, how far ahead of it the tile's first row is, first key + 256 * last key + 65536 *
     flags, first row + 256 * (last row + 1)."""
+    work: Work
+    """Records of every tile, (heads, tiles)."""
     fill: float
     """Pairs that the plan lists over pairs of the products."""
 
@@ -109,8 +112,8 @@ class BackwardLists(NamedTuple):
     """(lists * key tiles, 4): first record, records with a mask, those without (behind), 0."""
     records: Tensor
     """(records, 4): first query row, its position, rows + 256 * first key + 65536 * (last key + 1), 0."""
-    order: Tensor
-    """(key heads or 1, key tiles): those with the most records first."""
+    work: Work
+    """Records of every tile of a key head, of all its query heads: (key heads, key tiles)."""
 
 
 def _entries(plan: BlockPlan, query: _Groups, key: _Groups) -> _Rectangles:
@@ -148,10 +151,10 @@ def forward_lists(plan: BlockPlan, heads: int, query_rows: int, key_rows: int, *
     head = torch.arange(heads, device=own.device).repeat_interleave(count)
     tile = torch.arange(count, device=own.device).repeat(heads)
     listed = tile if lists == 1 else head * count + tile
-    order = torch.argsort(number[listed], descending=True, stable=True)
     packed = _packed(query.row[tile], query.rows[tile] + 256 * head, first[listed], number[listed])
     pairs = int(((bottom - top) * (right - left)).sum()) if len(own) else 1
-    return ForwardLists(packed[order], records, pairs / max(len(own) * TILE * TILE, 1))
+    work = Work(number[listed].view(heads, count).cpu().numpy())
+    return ForwardLists(packed, records, work, pairs / max(len(own) * TILE * TILE, 1))
 
 
 def backward_lists(
@@ -182,8 +185,6 @@ def backward_lists(
     number = torch.bincount(place, minlength=lists * count)
     segments = _packed(number.cumsum(0) - number, with_mask, number - with_mask, torch.zeros_like(number))
     work = number.view(lists, count)
-    if lists > 1:
-        work = work.unflatten(0, (kv_heads, -1)).sum(1)
-    by_work = torch.argsort(work, dim=1, descending=True, stable=True).int().contiguous()
+    work = work.unflatten(0, (kv_heads, -1)).sum(1) if lists > 1 else work.expand(kv_heads, count) * (heads // kv_heads)
     tiles = _packed(key.row, key.rows, key.position, torch.zeros_like(key.row))
-    return BackwardLists(tiles, segments, records[order], by_work)
+    return BackwardLists(tiles, segments, records[order], Work(work.cpu().numpy()))
