@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..explanation import explain
 from ..functional import dilated_attention
 from ..memory import MemoryPool, SimplePool
-from ..parallel import ContextParallel, Rates, attention, ulysses
+from ..parallel import ContextParallel, Rates, rounds, ulysses
 from ..parallel.comm import Pending, Traffic, exchange
 from ..parallel.hybrid import PAIR, Ranks, Strategy, mesh_shape
 from ..parallel.shard import Layout
@@ -99,7 +99,7 @@ class ParallelMeasurement:
 @contextmanager
 def _exchanging(function: Callable[..., Pending]) -> Iterator[None]:
     """Strategies exchange by ``function``."""
-    with mock.patch.object(attention, "exchange", function), mock.patch.object(ulysses, "exchange", function):
+    with mock.patch.object(rounds, "exchange", function), mock.patch.object(ulysses, "exchange", function):
         yield
 
 
