@@ -1,0 +1,35 @@
+"""The Hopper kernels' own source, interpreted on the CPU, against the dense oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dilated_attention_pytorch.testing import Case, violations
+
+CASES = {
+    "ragged": {"key_rows": 601, "segment_lengths": (128, 300, 2000), "dilation_rates": (1, 2, 4)},
+    "interleaved": {
+        "key_rows": 450, "segment_lengths": (128, 300), "dilation_rates": (1, 3), "head_offsets": "interleaved",
+    },
+    "grouped": {
+        "key_rows": 450, "segment_lengths": (200, 400), "dilation_rates": (1, 3), "kv_heads": 1, "group": 3,
+    },
+    "packed": {"key_rows": 540, "segment_lengths": (128, 256), "dilation_rates": (1, 4), "cuts": (5, 150, 500)},
+    "chunk": {
+        "key_rows": 500, "query_rows": 400, "segment_lengths": (128, 450), "dilation_rates": (1, 3), "key_start": 77,
+    },
+    "left_padding": {
+        "key_rows": 400, "segment_lengths": (128, 300), "dilation_rates": (1, 2), "key_start": (-150, -2), "batch": 2,
+    },
+    "short_and_sparse": {"key_rows": 1024, "segment_lengths": (48, 512), "dilation_rates": (1, 8)},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("interpreted_hopper")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bound_b(case, is_causal):
+    sizes = {"seed": 5, "kv_heads": 2, "grad_lse": True, **case, "is_causal": is_causal}
+    head_dim = 128 if is_causal else 48
+    assert not violations(Case(**sizes, head_dim=head_dim, dtype=torch.bfloat16), ("gluon",))
