@@ -399,8 +399,8 @@ def interpreted_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(gluon, "unavailable", lambda device="cuda": None)
-    with _interpreted("hopper_forward", "hopper_backward") as (forward, backward):
-        for module in (forward, backward):
+    with _interpreted("hopper_forward", "hopper_backward", "hopper_sparse", "hopper_sparse_backward") as kernels:
+        for module in kernels:
             monkeypatch.setattr(module, "_processors", lambda device: 2)
-        monkeypatch.setattr(backward, "_side_stream", lambda device: stream)
+            monkeypatch.setattr(module, "_side_stream", lambda device: stream, raising=False)
         yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dilated_attention_pytorch import GlobalLocal, LocalWindow, RandomBlocks
+from dilated_attention_pytorch.sparse_testing import SparseCase, sparse_violations
 from dilated_attention_pytorch.testing import Case, violations
 
 CASES = {
@@ -33,3 +35,22 @@ def test_bound_b(case, is_causal):
     sizes = {"seed": 5, "kv_heads": 2, "grad_lse": True, **case, "is_causal": is_causal}
     head_dim = 128 if is_causal else 48
     assert not violations(Case(**sizes, head_dim=head_dim, dtype=torch.bfloat16), ("gluon",))
+
+
+BLOCKS = {
+    "local_64": {"pattern": LocalWindow(128, 64)},
+    "global_128": {"pattern": GlobalLocal(128, 1, (300,), 128), "kv_heads": 1, "group": 3},
+    "random_per_head": {"pattern": RandomBlocks(2, 1, 128), "kv_heads": 2, "group": 2},
+    "packed": {"pattern": GlobalLocal(64, 1, block_size=64), "cuts": (5, 300, 390)},
+    "chunk": {"pattern": LocalWindow(128, 64), "query_rows": 300, "key_start": 77},
+}
+
+
+@pytest.mark.usefixtures("interpreted_hopper")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS)
+def test_bound_b_of_blocks(case, is_causal):
+    sizes = {
+        "seed": 5, "key_rows": 450, "kv_heads": 2, "grad_lse": True, "head_dim": 128 if is_causal else 48, **case,
+    }  # fmt: skip
+    assert not sparse_violations(SparseCase(**sizes, is_causal=is_causal, dtype=torch.bfloat16), ("gluon",))
