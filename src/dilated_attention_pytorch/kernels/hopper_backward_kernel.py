@@ -498,27 +498,12 @@ def _consumer(
         masked = _get(tile_s, 0, 4)
 
 
-_INTEGERS = [
-    "cell_count", "query_rows", "key_rows", "batches", "head0", "query_head0", "key_stride", "key_head_stride",
-    "value_stride", "value_head_stride",
-]  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=_INTEGERS)
-def backward_kernel(
-    P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q0, q1, q2, q3, q4, q5, q6, q7, do0, do1, do2, do3, do4,
-    do5, do6, do7, dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7, key, value, dk_out, dv_out, sums, cells, tiles,
-    starts, cell_count, query_rows, key_rows, batches, head0, query_head0, key_stride,
-    key_head_stride, value_stride, value_head_stride, scale_log2, scale, CONSUMER_REGISTERS: gl.constexpr,
-    OTHER_REGISTERS: gl.constexpr,
-):  # fmt: skip
+@gluon.jit
+def _allocate(P: gl.constexpr, dtype: gl.constexpr):
+    """Shared memory and barriers of a thread block."""
     DP: gl.constexpr = P[3]
     BQ: gl.constexpr = P[4]
     STAGES: gl.constexpr = P[5]
-    dtype: gl.constexpr = k_d.dtype
-    q_ds = (q0, q1, q2, q3, q4, q5, q6, q7)
-    do_ds = (do0, do1, do2, do3, do4, do5, do6, do7)
-    dq_ds = (dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7)
     half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     word: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
@@ -551,6 +536,27 @@ def backward_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     bars = (kv_full, kv_empty, q_full, do_full, empty, dq_full, dq_empty)
+    return k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars
+
+
+_INTEGERS = [
+    "cell_count", "query_rows", "key_rows", "batches", "head0", "query_head0", "key_stride", "key_head_stride",
+    "value_stride", "value_head_stride",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_INTEGERS)
+def backward_kernel(
+    P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q0, q1, q2, q3, q4, q5, q6, q7, do0, do1, do2, do3, do4,
+    do5, do6, do7, dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7, key, value, dk_out, dv_out, sums, cells, tiles,
+    starts, cell_count, query_rows, key_rows, batches, head0, query_head0, key_stride,
+    key_head_stride, value_stride, value_head_stride, scale_log2, scale, CONSUMER_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    q_ds = (q0, q1, q2, q3, q4, q5, q6, q7)
+    do_ds = (do0, do1, do2, do3, do4, do5, do6, do7)
+    dq_ds = (dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7)
+    k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars = _allocate(P, k_d.dtype)
     gl.warp_specialize([
         (_consumer, (P, 0, scale_log2, scale, key, value, dk_out, dv_out, key_stride, key_head_stride, value_stride,
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 BLOCK_ROWS = 128
 """Query rows of a tile."""
@@ -97,6 +97,46 @@ def load_rows(spec: gl.constexpr, rows: gl.constexpr, descriptor, j, x, head, fu
     tma.async_copy_global_to_shared(
         descriptor, [j, x, head, 0], full, target._reinterpret(target.dtype, [rows, 1, 1, spec.padded], layout)
     )
+
+
+@gluon.jit
+def allocate(spec: gl.constexpr, element: gl.constexpr):
+    """Shared memory and barriers of a CTA: (results, their barriers, what all warps share, what a plan needs)."""
+    flat: gl.constexpr = gl.NVMMASharedLayout(min(128, spec.padded * 2), 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(element, [4, 64, spec.padded], flat)
+    o_s = gl.allocate_shared_memory(element, [2, 64, spec.padded], flat)
+    k_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
+    v_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
+    block_s = gl.allocate_shared_memory(gl.int32, [2 * spec.stages, 8], plain)
+    tile_s = gl.allocate_shared_memory(gl.int32, [2, 8], plain)
+    plan_s = gl.allocate_shared_memory(gl.int32, [1, 8], plain)
+    plan_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    plan_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    o_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(o_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    mbarrier.init(plan_full, count=1)
+    mbarrier.init(plan_empty, count=1)
+    stages: gl.constexpr = spec.stages
+    for i in gl.static_range(stages):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    shared = (q_s, k_s, v_s, block_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    plans = (plan_s, plan_full, plan_empty)
+    return o_s, o_full, shared, plans
 
 
 # ------------------------------------------------------------------------------------------------------- producer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .hopper_forward import Sizes, _consumer, _processors, tuning_of
 from .hopper_producer import (
@@ -26,6 +26,7 @@ from .hopper_producer import (
     _next_plan,
     _produce_nothing,
     _produce_tile,
+    allocate,
     load_rows,
     write_record,
 )
@@ -116,42 +117,8 @@ def sparse_forward_kernel(
     spec: gl.constexpr, q_desc, out_desc, k_desc, v_desc, out, lse, tile_table, records, tiles, starts, query_total,
     key_total, scale_log2, consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
 ):  # fmt: skip
-    """One CTA per SM; shared memory and barriers as in `hopper_forward.hopper_forward_kernel`."""
-    element: gl.constexpr = q_desc.dtype
-    flat: gl.constexpr = gl.NVMMASharedLayout(min(128, spec.padded * 2), 16, 2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(element, [4, 64, spec.padded], flat)
-    o_s = gl.allocate_shared_memory(element, [2, 64, spec.padded], flat)
-    k_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
-    v_s = gl.allocate_shared_memory(element, [spec.stages, spec.keys, spec.padded], flat)
-    block_s = gl.allocate_shared_memory(gl.int32, [2 * spec.stages, 8], plain)
-    tile_s = gl.allocate_shared_memory(gl.int32, [2, 8], plain)
-    plan_s = gl.allocate_shared_memory(gl.int32, [1, 8], plain)
-    plan_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    plan_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    o_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [spec.stages, 1], barrier)
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(o_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-    mbarrier.init(plan_full, count=1)
-    mbarrier.init(plan_empty, count=1)
-    stages: gl.constexpr = spec.stages
-    for i in gl.static_range(stages):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
-    fence_async_shared()
-    shared = (q_s, k_s, v_s, block_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    plans = (plan_s, plan_full, plan_empty)
+    """One CTA per SM."""
+    o_s, o_full, shared, plans = allocate(spec, q_desc.dtype)
     gl.warp_specialize([
         (_consumer, (spec, 0, scale_log2, query_total, out_desc, out, lse, o_s.index(0), o_full.index(0), shared)),
         (_consumer, (spec, 1, scale_log2, query_total, out_desc, out, lse, o_s.index(1), o_full.index(1), shared)),

@@ -28,7 +28,7 @@ from .hopper_backward import (
     _tuning,
     _view,
 )
-from .hopper_backward_kernel import LONGEST, _as_4d, _consumer, _put, _writer
+from .hopper_backward_kernel import LONGEST, _allocate, _as_4d, _consumer, _put, _writer
 from .launch import Address, Launch
 from .schedule import Work
 
@@ -161,43 +161,7 @@ def sparse_backward_kernel(
     key_head_stride, value_stride, value_head_stride, scale_log2, scale, CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory and barriers as in `hopper_backward_kernel.backward_kernel`."""
-    DP: gl.constexpr = P[3]
-    BQ: gl.constexpr = P[4]
-    STAGES: gl.constexpr = P[5]
-    dtype: gl.constexpr = k_d.dtype
-    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    word: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    bar_l: gl.constexpr = mbarrier.MBarrierLayout()
-    k_s = gl.allocate_shared_memory(dtype, [2, 64, DP], half)
-    v_s = gl.allocate_shared_memory(dtype, [2, 64, DP], half)
-    q_s = gl.allocate_shared_memory(dtype, [STAGES, BQ, DP], half)
-    do_s = gl.allocate_shared_memory(dtype, [STAGES, BQ, DP], half)
-    ds_s = gl.allocate_shared_memory(dtype, [4, 64, BQ], half)
-    out_s = gl.allocate_shared_memory(dtype, [2, 64, DP], half)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, BQ, DP // 2], word)
-    row_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BQ], plain)
-    info_s = gl.allocate_shared_memory(gl.int32, [4, 16], plain)
-    tile_s = gl.allocate_shared_memory(gl.int32, [8], plain)
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], bar_l)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1], bar_l)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_l)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_l)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_l)
-    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_l)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_l)
-    mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=3)
-    for i in gl.static_range(2):
-        mbarrier.init(dq_full.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=2)
-        mbarrier.init(empty.index(i), count=2)
-    fence_async_shared()
-    bars = (kv_full, kv_empty, q_full, do_full, empty, dq_full, dq_empty)
+    k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars = _allocate(P, k_d.dtype)
     gl.warp_specialize([
         (_consumer, (P, 0, scale_log2, scale, key, value, dk_out, dv_out, key_stride, key_head_stride, value_stride,
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
