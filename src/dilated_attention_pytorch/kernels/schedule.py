@@ -20,9 +20,11 @@ from torch import Tensor
 TILE_COST = 1.5
 """Blocks that a tile costs besides those that it meets: an estimate."""
 _LIGHT = 0.3
-"""Share of all work, of the lightest tiles, that is dealt last and one by one."""
+"""Share of all work, of the lightest tiles, that is dealt last."""
 _FEW = 16
-"""Tiles a program up to which all are dealt one by one: what so few tiles read is in the cache anyhow."""
+"""Tiles a program up to which all are dealt by weight: what so few tiles read is in the cache anyhow."""
+_SINGLE = 12
+"""Tiles a program, of the last ones, that are dealt one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +127,9 @@ def deal(
 ) -> Schedule | None:
     """Tiles, by their place in ``costs``, dealt to at most ``programs`` programs; None where none is wanted.
 
-    Neighbours stay together in time, for they share rows in the cache: heavier tiles are dealt in rounds of one for
-    each program, the heaviest of a round to the program with the least work so far. The lightest follow one by one,
-    the heaviest of them first. Few tiles are all dealt so.
+    Neighbours stay together in time, for they share rows in the cache; only the lightest tiles come last, the heaviest
+    of them first (and so do all where they are few). Each round gives every program a tile, the heaviest one to the
+    program with the least work so far; the last tiles go one by one to whoever has the least.
 
     >>> schedule = deal(np.array([5.0, 1, 1, 3]), np.array([True] * 4), 2, torch.device("cpu"))
     >>> schedule.tiles.tolist(), schedule.starts.tolist()
@@ -143,22 +145,21 @@ def deal(
     light = by_weight[: int(np.searchsorted(np.cumsum(work[by_weight]), share * work.sum()))]
     heavy = np.ones(len(tiles), dtype=bool)
     heavy[light] = False
+    dealt = np.concatenate((np.flatnonzero(heavy), light[::-1]))
+    rounds = max(len(dealt) // programs - _SINGLE, 0) * programs
     owner = np.empty(len(tiles), dtype=np.int64)
     load = np.zeros(programs)
-    for part in np.split(np.flatnonzero(heavy), range(programs, int(heavy.sum()), programs)):
+    for part in dealt[:rounds].reshape(-1, programs):
         part = part[np.argsort(-work[part], kind="stable")]
-        receivers = np.argsort(load, kind="stable")[: len(part)]
-        owner[part] = receivers
+        owner[part] = receivers = np.argsort(load, kind="stable")
         load[receivers] += work[part]
     loads = [(total, program) for program, total in enumerate(load.tolist())]
     heapq.heapify(loads)
-    for tile in light[::-1].tolist():
+    for tile, more in zip(dealt[rounds:].tolist(), work[dealt[rounds:]].tolist(), strict=True):
         total, program = loads[0]
         owner[tile] = program
-        heapq.heapreplace(loads, (total + float(work[tile]), program))
-    turn = np.empty(len(tiles), dtype=np.int64)  # heavy ones in their order, then light ones, the heaviest first
-    turn[np.concatenate((np.flatnonzero(heavy), light[::-1]))] = np.arange(len(tiles))
-    order = np.lexsort((turn, owner))
+        heapq.heapreplace(loads, (total + more, program))
+    order = dealt[np.argsort(owner[dealt], kind="stable")]
     starts = np.searchsorted(owner[order], np.arange(programs + 1))
     if tiles.max() >= 2**31:
         raise ValueError(f"there are {tiles.max() + 1} tiles; they are counted in 32 bits")
