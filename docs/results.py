@@ -27,7 +27,18 @@ _MARKER = re.compile(r"^<!-- (results|plot: *(\S+)) -->$", re.MULTILINE)
 @cache
 def records() -> dict[str, Any]:
     """Name -> content of every kept file, in the order of names."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {path.stem: _read(path) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        _ = record["run"]["command"], record["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no command and results of a run; write it again with its benchmark, or remove it"
+        ) from error
+    return record
 
 
 def picture(name: str) -> str:

@@ -168,6 +168,16 @@ def table_after(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"run": {}, "results": [1]}', '{"run": {"command": "x"}}'])
+def test_a_broken_file_is_named(pages, monkeypatch, tmp_path, text):
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "records", pages.records.__wrapped__)
+    assert pages.records() == {}
+    (tmp_path / "gpu_x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"gpu_x\.json holds no command and results of a run"):
+        pages.with_results("<!-- results -->")
+
+
 def test_figures_of_the_page_on_orderings_are_those_of_the_result():
     page = (ROOT / "docs" / "hilbert.md").read_text()
     results = json.loads((ROOT / "benchmarks" / "results" / "ordering.json").read_text())["results"]

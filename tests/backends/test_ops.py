@@ -219,3 +219,15 @@ def test_called_straight_or_as_an_operator_it_is_the_same(name):
             results[-1] += function(**{**SETS[name], **leaves})
     for straight, operator in zip(*results, strict=True):
         assert torch.equal(straight, operator)
+
+
+def test_gradients_in_a_batch_are_those_one_by_one():
+    leaves = [draw(1, 20, 4, 8, seed=i).requires_grad_() for i in range(3)]
+    out, lse = dilated_attention_with_lse(*leaves, [8, 32], [1, 3])
+    for output in (out, lse):
+        several = torch.stack([draw(*output.shape, seed=i) for i in range(3)])
+        batched = torch.autograd.grad(output, leaves[:2], several, retain_graph=True, is_grads_batched=True)
+        for i, one in enumerate(several):
+            alone = torch.autograd.grad(output, leaves[:2], one, retain_graph=True)
+            for a, b in zip(batched, alone, strict=True):
+                torch.testing.assert_close(a[i], b)

@@ -195,7 +195,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     saved = ctx.saved_tensors  # once: under checkpointing every access recomputes
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
-    function = attention_backward if torch.is_grad_enabled() or _observed(grad_out, *saved[:3]) else _backward
+    through = torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse)
+    function = attention_backward if through else _backward
     return *function(grad_out, grad_lse, *saved, *ctx.rest), *empty
 
 
@@ -236,11 +237,14 @@ class _Attention(torch.autograd.Function):
         return _differentiate(ctx, grad_out, grad_lse)
 
 
-def _observed(*tensors: Tensor) -> bool:
+def _observed(*given: Tensor | None) -> bool:
     """Whether somebody has to see an operator: a compiler or tracer, a mode, a transform, a subclass, a profiler."""
+    tensors = [tensor for tensor in given if tensor is not None]
     return (
         torch.compiler.is_compiling()
         or any(type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter for tensor in tensors)
+        # Gradients in a batch (is_grads_batched=True) come from a transform without an interpreter.
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
         or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -136,3 +136,16 @@ def test_refusals():
     q = draw(1, 40, 1, 8)
     with pytest.raises(ValueError, match="shows parts of blocks"):
         sparse_attention_with_lse(q, q, q, ContentTopK(1, block_size=16), is_causal=True, backend="sdpa")
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both", "causal"])
+def test_without_candidates_nothing_is_selected(is_causal):
+    """A document of fewer blocks than all rows see anyhow: the result is that of its blocks, all of them."""
+    query, key, value = (torch.randn(1, 20, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    content, window = ContentTopK(1, always_first=3, block_size=16), LocalWindow(32, 16)
+    results = []
+    for pattern in (content, window):
+        out, lse = sparse_attention_with_lse(query, key, value, pattern, is_causal=is_causal)
+        results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (query, key, value))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)

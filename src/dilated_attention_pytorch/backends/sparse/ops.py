@@ -129,7 +129,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
         return None, None, None, *empty[0], empty[1], *empty[2]
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
-    through = torch.is_grad_enabled() or _observed(grad_out, *saved[:3])
+    through = torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse)
     function: Callable[..., tuple[Tensor, Tensor, Tensor]] = sparse_backward if through else _backward
     return *function(grad_out, grad_lse, *saved, lists, *ctx.rest), *empty[0], empty[1], *empty[2]
 

@@ -111,7 +111,7 @@ def choose_blocks(
     for begin in range(0, len(blocks.block), step):
         here = slice(begin, begin + step)
         first, last = int(low[here].min()), max(int(high[here].max()), int(low[here].min()) + 1)
-        columns = torch.arange(first, min(last, len(filled)), device=query.device)
+        columns = torch.arange(first, max(first, min(last, len(filled))), device=query.device)
         if not len(columns):
             continue
         allowed = (columns >= low[here, None]) & (columns < high[here, None]) & filled[columns]
