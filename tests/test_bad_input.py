@@ -136,6 +136,20 @@ def test_what_is_no_place_of_a_sequence(function):
         function(**changed(parallel=3))
 
 
+@pytest.mark.parametrize("attend", [
+    lambda q: dilated_attention(q, Q, Q, [4], [1]),
+    lambda q: package.sparse_attention(q, Q, Q, package.LocalWindow(16, 16)),
+], ids=["dilated", "block-sparse"])  # fmt: skip
+def test_a_forward_mode_derivative_raises(attend):
+    tangent = torch.ones_like(Q)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(attend, (Q,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        attend(Q)
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            attend(torch.autograd.forward_ad.make_dual(Q, tangent))
+
+
 PAIR = {"segment_lengths": [4], "dilation_rates": [1]}
 ENCODER = package.LongNetEncoderConfig(embed_dim=8, num_layers=1, num_heads=2, **PAIR)
 WINDOW = package.LocalWindow

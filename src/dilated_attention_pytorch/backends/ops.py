@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..merge import accumulator_dtype
 from ..patterns import DilatedPattern
@@ -253,6 +254,15 @@ def _observed(*given: Tensor | None) -> bool:
     )
 
 
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise where forward-mode differentiation asks for a derivative: the operators would take it for zero."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+            "use torch.autograd.grad"
+        )
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -281,6 +291,7 @@ def attention(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, segment_lengths, dilation_rates, key_start,
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad, backend,
     )  # fmt: skip
+    refuse_tangents(query, key, value)
     if _observed(query, key, value):
         return attention_forward(*arguments)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...types import Options, Shape
 from ..documents import read_documents
-from ..ops import _fake_backward, _fake_forward, _observed, _register, no_autocast
+from ..ops import _fake_backward, _fake_forward, _observed, _register, no_autocast, refuse_tangents
 from .dispatch import SPARSE_BACKENDS, choose_sparse
 from .problem import SparseProblem, make_problem
 
@@ -182,6 +182,7 @@ def sparse_attention(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, lists, pattern, key_start, is_causal, scale,
         dropout_p, backend,
     )  # fmt: skip
+    refuse_tangents(query, key, value)
     if _observed(query, key, value):
         return sparse_forward(*arguments)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
