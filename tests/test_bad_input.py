@@ -181,6 +181,7 @@ WINDOW = package.LocalWindow
         (lambda: package.LongNetViT(ENCODER, 3), "patch_embed is 3; give an ImageEmbedding or a TileEmbedding"),
         (lambda: package.recommend_ordering(64, 64, segment_lengths=256), "segment_lengths is 256; give integers"),
         (lambda: package.ContextParallel(4), "mesh is 4; give a DeviceMesh"),
+        (lambda: package.Streaming("nowhere", memory_budget=9), "device is 'nowhere'; streaming computes on 'cpu'"),
         (lambda: package.available_backends(3), "device is 3; give a name such as 'cuda'"),
     ],
 )

@@ -64,7 +64,10 @@ class Streaming:
     _staging: SimplePool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        device = torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device is {self.device!r}; streaming computes on 'cpu' or 'cuda'") from None
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"device is {str(device)!r}; streaming computes on 'cpu' or 'cuda'")
         for name, value in (("memory_budget", self.memory_budget), ("chunk", self.chunk)):
