@@ -64,8 +64,6 @@ BACKENDS: dict[str, Backend] = {"gluon": gluon, "sdpa": sdpa, "triton": triton, 
 
 _FEW_ROWS = 1 << 16
 """(batch, row, head) triples up to which a launch of one kernel costs less than what it computes."""
-_DECODED_ROWS = 8
-"""Query rows up to which the keys of each have to be shared among programs to fill a device."""
 
 
 def preference(problem: Problem, *, backward: bool = False) -> tuple[str, ...]:
@@ -79,7 +77,7 @@ def preference(problem: Problem, *, backward: bool = False) -> tuple[str, ...]:
     if torch.device(problem.device).type != "cuda":
         return "sdpa", "reference"
     shape, options = problem.shape, problem.options
-    if shape.query_rows <= _DECODED_ROWS and not backward:
+    if shape.query_rows <= triton.DECODED_ROWS and not backward:
         return "triton", "gluon", "sdpa", "reference"
     rows = shape.batch * shape.query_rows * shape.heads
     awkward = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..patterns.tiles import class_stride
 from .problem import Problem
-from .tables import LONGEST, capability, covered, hold_for_replays, longest_position, outside, tiles
+from .tables import LONGEST, capability, covered, longest_position, outside, tiles
 from .triton import zero_keys_arguments
 
 if TYPE_CHECKING:
@@ -152,7 +152,6 @@ def forward(
     zero_keys = _zero_keys(problem)
     if zero_keys is not None:
         zero_keys(out, lse)
-    hold_for_replays(table, zero_keys)
     if not covered(problem, "query"):  # rows in no document belong to no tile
         absent = outside(problem, query.device)
         out.masked_fill_(absent[:, :, None, None], 0)
@@ -177,7 +176,6 @@ def backward(
     from ..kernels import hopper_backward
 
     table, stride = tiles(problem, _BLOCK, "key")
-    hold_for_replays(table)
     return hopper_backward.backward(
         _ready(grad_out),
         grad_lse,

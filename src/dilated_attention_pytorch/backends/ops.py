@@ -254,13 +254,29 @@ def _observed(*given: Tensor | None) -> bool:
     )
 
 
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Raise where forward-mode differentiation asks for a derivative: the operators would take it for zero."""
+def call_straight(
+    operator: Callable[..., Any], function: type[torch.autograd.Function], forward: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``operator(*arguments)``, query, key and value first, without the dispatcher where nobody has to see it.
+
+    On the way through the dispatcher every argument is boxed and unboxed several times, which is more work for the
+    host than the launch of a kernel. ``function`` is the operator as an autograd function, ``forward`` what it runs.
+
+    Raises:
+        RuntimeError: forward-mode differentiation, for which the operators would give a derivative of zero.
+    """
+    tensors = arguments[:3]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
             "attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
             "use torch.autograd.grad"
         )
+    if _observed(*tensors):
+        return cast(tuple[Tensor, Tensor], operator(*arguments))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return cast(tuple[Tensor, Tensor], function.apply(*arguments))
+    return cast(tuple[Tensor, Tensor], forward(*arguments))
 
 
 def attention(
@@ -282,18 +298,9 @@ def attention(
     mixing_grad: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward`, called straight where nobody has to see an operator.
-
-    On its way through the dispatcher every argument is boxed and unboxed several times, which is more work for the
-    host than the launch of a kernel.
-    """
+    """`attention_forward`, by `call_straight`."""
     arguments = (
         query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, segment_lengths, dilation_rates, key_start,
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad, backend,
     )  # fmt: skip
-    refuse_tangents(query, key, value)
-    if _observed(query, key, value):
-        return attention_forward(*arguments)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attention.apply(*arguments)
-    return _forward(*arguments)
+    return call_straight(attention_forward, _Attention, _forward, arguments)

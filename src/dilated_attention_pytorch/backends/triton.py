@@ -27,7 +27,7 @@ from .tables import (
 _LARGEST_DIM = 256
 _ROWS = 64
 """Rows that one program of a kernel without products takes."""
-_DECODED_ROWS = 8
+DECODED_ROWS = 8
 """Query rows up to which the keys of each are shared among programs."""
 
 
@@ -212,7 +212,7 @@ def _forward(
         "lse": lse,
         "first_branch": first_branch,
     }
-    if shape.query_rows <= _DECODED_ROWS:
+    if shape.query_rows <= DECODED_ROWS:
         _decode(aligned, problem, common)
     else:
         size = _sizes(_padded(max(dim, value_dim)), problem.dtype.itemsize, problem.device, "forward")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...types import Options, Shape
 from ..documents import read_documents
-from ..ops import _fake_backward, _fake_forward, _observed, _register, no_autocast, refuse_tangents
+from ..ops import _fake_backward, _fake_forward, _observed, _register, call_straight, no_autocast
 from .dispatch import SPARSE_BACKENDS, choose_sparse
 from .problem import SparseProblem, make_problem
 
@@ -177,14 +177,9 @@ def sparse_attention(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`sparse_forward`, called straight where nobody has to see an operator: see `backends.ops.attention`."""
+    """`sparse_forward`, by `call_straight`."""
     arguments = (
         query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, lists, pattern, key_start, is_causal, scale,
         dropout_p, backend,
     )  # fmt: skip
-    refuse_tangents(query, key, value)
-    if _observed(query, key, value):
-        return sparse_forward(*arguments)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attention.apply(*arguments)
-    return _forward(*arguments)
+    return call_straight(sparse_forward, _Attention, _forward, arguments)
