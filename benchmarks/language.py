@@ -7,6 +7,7 @@ The text is the Python source of the standard library and of the installed packa
 
 - dense: one segment of the whole context at rate 1;
 - longnet: segments from a sixteenth of the context to all of it, doubling, at rates 1, 2, 4, 4, 4;
+- wide: at the longest context, segments from an eighth of it, at rates 1, 4, 4, 4: more rows near by, fewer far away;
 - window: a sliding window, `LocalWindow` in place of the dilated pattern, at the work of longnet at the longest
   context.
 
@@ -104,6 +105,9 @@ def variants(scale: Scale) -> list[Variant]:
     above = bisect_left(choices, work, key=lambda choice: attention_flops(choice, scale))
     near = choices[max(0, above - 1) : above + 1]
     found.append(min(near, key=lambda choice: abs(attention_flops(choice, scale) - work)))
+    far = min(4, scale.num_heads)
+    wide = DilatedPattern(tuple(scale.longest // part for part in (8, 4, 2, 1)), (1, far, far, far))
+    found.append(Variant("wide", scale.longest, wide))
     return found
 
 

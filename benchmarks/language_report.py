@@ -23,6 +23,7 @@ MEASURES = ("bits_per_byte", "bits_second_half", "own_context_bits")
 KINDS = {
     "dense": "dense",
     "longnet": "LongNet",
+    "wide": "wide LongNet",
     "window": "sliding window",
 }
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 SHAPE = {"key_rows": 70, "segment_lengths": (16, 40, 128), "dilation_rates": (1, 3, 4), "kv_heads": 4}
 OPTIONS = {
@@ -47,22 +45,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def shape() -> dict[str, Any]:
     return dict(SHAPE)
-
-
-@pytest.fixture
-def key_counts() -> Callable[..., torch.Tensor]:
-    """(heads, rows) int64: how many keys, with multiplicity, each row of one document attends to."""
-
-    def count(rows: int, heads: int, patterns: tuple[tuple[int, int], ...], *, is_causal: bool) -> torch.Tensor:
-        position = torch.arange(rows)
-        expected = torch.zeros(heads, rows, dtype=torch.int64)
-        for w, r in patterns:
-            segment = position // w
-            for h in range(heads):
-                active = (position % w % r == h // -(-heads // r)).long()
-                ends = torch.zeros(int(segment.max()) + 1, dtype=torch.int64).index_add_(0, segment, active)
-                so_far = active.cumsum(0) - (ends.cumsum(0) - ends)[segment]
-                expected[h] += active * (so_far if is_causal else ends[segment])
-        return expected
-
-    return count
