@@ -1,17 +1,20 @@
 """A GPU: forward and backward on LongNet's and GigaPath's patterns, each backend, against the best dense rate.
 
-    python benchmarks/gpu.py [--rows longnet,gigapath] [--backends gluon,sdpa] [--repeat-ms 200] [--output FILE]
+    python benchmarks/gpu.py [--rows longnet,gigapath] [--backends gluon,sdpa] [--torchscale FOLDER] [--output FILE]
 
 A rate is useful TFLOP/s: 4 D operations per attended pair forward, 10 D backward. The dense rate is the best that
 PyTorch's cuDNN and flash kernels reach over N in 8K, 16K, 32K at batch 1 with the same heads, D and causal flag, in the
 same run. "ragged" rows have one row more or less, or segments that their rate does not divide; "short" rows are timed
-against one dense call of the same N; "long" rows say how time grows with N.
+against one dense call of the same N; "long" rows say how time grows with N; "float32" has SDPA's memory-efficient
+kernel as its dense one. FOLDER holds the package `torchscale` as its repository has it; it is timed on "longnet" and
+"gigapath" rows without its linear layers, with PyTorch's flash kernel (FlashAttention 2) in the place of flash-attn.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,8 +24,10 @@ import torch
 from triton.testing import do_bench
 
 from common import ROOT, save
-from dilated_attention_pytorch import dilated_attention, explain
+from dilated_attention_pytorch import DilatedPattern, dilated_attention, explain
 from dilated_attention_pytorch.backends.vendor import find_kernel
+from dilated_attention_pytorch.benchmarking.contenders import CONTENDERS, Setting
+from peers import stand_in_for_flash_attn
 
 H = 16
 LONGNET = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
@@ -49,6 +54,7 @@ ROWS: list[dict[str, Any]] = [
         if name == "longnet"
     ),
     *({"name": "short", "n": n, "d": 64, "pattern": LONGNET, "causal": False} for n in (2048, 4096, 8192)),
+    *({"name": "float32", "n": 32768, "d": 64, "pattern": LONGNET, "causal": causal} for causal in (False, True)),
     *({"name": "long", "n": 32768 << i, "d": 64, "pattern": LONGNET, "causal": False} for i in range(8)),
 ]
 
@@ -59,14 +65,14 @@ def milliseconds(function: Callable[[], object], repeat_ms: int) -> float:
 
 
 @cache
-def dense_rates(d: int, causal: bool, repeat_ms: int) -> dict[str, float]:
+def dense_rates(d: int, causal: bool, dtype: torch.dtype, repeat_ms: int) -> dict[str, float]:
     """TFLOP/s of each dense kernel and length, forward and backward."""
     rates = {}
-    for name in ("cudnn", "flash"):
-        kernel = find_kernel("cuda", torch.bfloat16, d, name=name)
+    for name in ("efficient",) if dtype == torch.float32 else ("cudnn", "flash"):
+        kernel = find_kernel("cuda", dtype, d, name=name)
         assert not isinstance(kernel, str), kernel
         for n in (8192, 16384, 32768):
-            q, k, v, g = (torch.randn(1, H, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+            q, k, v, g = (torch.randn(1, H, n, d, device="cuda", dtype=dtype) for _ in range(4))
             flop = 4 * d * H * (n * (n + 1) // 2 if causal else n * n) / 1e9
             out, lse = kernel.forward(q, k, v, causal, d**-0.5)
             ms = milliseconds(lambda: kernel.forward(q, k, v, causal, d**-0.5), repeat_ms)  # noqa: B023
@@ -76,13 +82,31 @@ def dense_rates(d: int, causal: bool, repeat_ms: int) -> dict[str, float]:
     return rates
 
 
-def measure(row: dict[str, Any], backend: str, repeat_ms: int) -> dict[str, Any]:
-    """One row through one backend: times, rates, ratios to dense, peak memory."""
+@cache
+def torchscale_ms(n: int, d: int, pattern: tuple[tuple[int, ...], ...], causal: bool, repeat_ms: int) -> dict[str, Any]:
+    """Milliseconds of torchscale's attention, forward and backward, or why there are none."""
+    setting = Setting(1, H, d, torch.bfloat16, torch.device("cuda"), causal, DilatedPattern(*pattern))
+    peer = CONTENDERS["torchscale"]
+    if reason := peer.absent(setting):
+        return {"absent": reason}
+    attention, shape = peer.prepare(setting, n)
+    leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    grad = torch.randn_like(leaves[0])
+    with torch.no_grad():
+        forward = milliseconds(lambda: attention(*leaves), repeat_ms)
+    recorded = attention(*leaves)
+    backward = milliseconds(lambda: torch.autograd.grad(recorded, leaves, grad, retain_graph=True), repeat_ms)
+    return {"forward": forward, "backward": backward}
+
+
+def measure(row: dict[str, Any], backend: str, repeat_ms: int, *, torchscale: bool = False) -> dict[str, Any]:
+    """One row through one backend: times, rates, ratios to dense and to torchscale, peak memory."""
     segments, rates = row["pattern"]
     n, d, causal = row["n"], row["d"], row["causal"]
-    q, k, v = (torch.randn(1, n, H, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    dtype = torch.float32 if row["name"] == "float32" else torch.bfloat16
+    q, k, v = (torch.randn(1, n, H, d, device="cuda", dtype=dtype).requires_grad_() for _ in range(3))
     grad = torch.randn_like(q)
-    result: dict[str, Any] = {**row, "h": H, "dtype": "bfloat16", "backend": backend}
+    result: dict[str, Any] = {**row, "h": H, "dtype": str(dtype), "backend": backend}
     try:
         plan = explain(q, k, v, segments, rates, is_causal=causal, backend=backend)
     except ValueError as error:
@@ -90,7 +114,7 @@ def measure(row: dict[str, Any], backend: str, repeat_ms: int) -> dict[str, Any]
     if row["name"] == "long":  # a pass over the longest takes long enough; nothing dense to compare with
         dense: dict[str, float] = {}
     else:
-        dense = dense_rates(d, causal, repeat_ms)
+        dense = dense_rates(d, causal, dtype, repeat_ms)
     result |= {"chosen": [plan.backend, plan.backend_backward], "dense": dense}
 
     def forward() -> torch.Tensor:
@@ -120,6 +144,11 @@ def measure(row: dict[str, Any], backend: str, repeat_ms: int) -> dict[str, Any]
             "peak_mib": peak / 2**20,
             "predicted_peak_mib": (plan.peak_bytes_forward if name == "forward" else plan.peak_bytes_backward) / 2**20,
         }  # fmt: skip
+    if torchscale and row["name"] in ("longnet", "gigapath"):
+        peer = torchscale_ms(n, d, row["pattern"], causal, repeat_ms)
+        result["torchscale_ms"] = peer
+        for name in ("forward", "backward") if "forward" in peer else ():
+            result[name]["torchscale_over_ours"] = peer[name] / result[name]["ms"]
     if row["name"] == "short":
         views = [t.detach().transpose(1, 2) for t in (q, k, v)]
         attend = torch.nn.functional.scaled_dot_product_attention
@@ -134,19 +163,25 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(names), help=f"some of {', '.join(names)}")
     parser.add_argument("--backends", default="auto,gluon,triton,sdpa")
     parser.add_argument("--repeat-ms", type=int, default=200)
+    parser.add_argument("--torchscale", type=Path, help="a folder with the package torchscale")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
     arguments = parser.parse_args()
+    if arguments.torchscale:
+        stand_in_for_flash_attn()
+        sys.path.insert(0, str(arguments.torchscale))
     torch.manual_seed(0)
     results = []
     for row in ROWS:
         if row["name"] not in arguments.rows.split(","):
             continue
         for backend in arguments.backends.split(","):
-            results.append(measure(row, backend, arguments.repeat_ms))
+            results.append(measure(row, backend, arguments.repeat_ms, torchscale=bool(arguments.torchscale)))
             label = f"{row['name']}{' causal' if row['causal'] else ''} N={row['n']} D={row['d']} {backend}"
             for name in ("forward", "backward"):
                 if r := results[-1].get(name):
                     rate = f"{r['tflops']:6.0f} TFLOP/s {r['of_dense']:.3f} of dense"
+                    if "torchscale_over_ours" in r:
+                        rate += f", torchscale {r['torchscale_over_ours']:.2f} x"
                     print(f"{label:<44} {name:<9}{r['ms']:8.3f} ms {rate}, peak {r['peak_mib']:.0f} MiB", flush=True)
             torch.cuda.empty_cache()
         save(arguments.output, results, quiet=True)

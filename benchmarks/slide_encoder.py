@@ -18,7 +18,6 @@ import gc
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from common import ROOT, save
 from dilated_attention_pytorch import LongNetEncoderConfig, LongNetViT
 from dilated_attention_pytorch.models import TileEmbedding
 from dilated_attention_pytorch.models.gigapath import gigapath_segment_lengths
+from peers import stand_in, stand_in_for_flash_attn
 
 CHANNELS, GRID = 1536, 1000
 LONGEST_TRAINED = 100_000
@@ -48,25 +48,6 @@ def ours(*, checkpointing: bool = False, layers: int = 12) -> LongNetViT:
     return LongNetViT(config, TileEmbedding(CHANNELS, 768, slide_ngrids=GRID))
 
 
-def _stand_in(name: str, **content: Any) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__dict__.update(content)
-    sys.modules[name] = module
-    return module
-
-
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    return_attn_probs: bool = False,
-) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """flash_attn_func of flash-attn, (B, N, H, D), by PyTorch's kernel."""
-    views = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        *views, dropout_p, causal, False, scale=softmax_scale
-    )
-    return out.transpose(1, 2), lse, None
-
-
 def _drop_path(x: Tensor, rate: float = 0.0, training: bool = False) -> Tensor:
     """timm's: whole entries of the batch are dropped."""
     if rate == 0.0 or not training:
@@ -77,14 +58,13 @@ def _drop_path(x: Tensor, rate: float = 0.0, training: bool = False) -> Tensor:
 
 def original(folder: Path) -> nn.Module:
     """The slide encoder of the package in ``folder``, with fresh weights."""
-    _stand_in("flash_attn")
-    _stand_in("flash_attn.flash_attn_interface", flash_attn_func=_flash)
-    _stand_in("fairscale")
-    _stand_in("fairscale.nn", checkpoint_wrapper=lambda module, *_: module, wrap=lambda module, *_: module)
-    _stand_in("huggingface_hub")
-    _stand_in("timm", models=_stand_in("timm.models"))
-    _stand_in("timm.models.layers", drop_path=_drop_path)
-    _stand_in("timm.models.registry", register_model=lambda function: function)
+    stand_in_for_flash_attn()
+    stand_in("fairscale")
+    stand_in("fairscale.nn", checkpoint_wrapper=lambda module, *_: module, wrap=lambda module, *_: module)
+    stand_in("huggingface_hub")
+    stand_in("timm", models=stand_in("timm.models"))
+    stand_in("timm.models.layers", drop_path=_drop_path)
+    stand_in("timm.models.registry", register_model=lambda function: function)
     sys.path[:0] = [str(folder), str(folder / "gigapath")]  # it imports its copy of torchscale by that name
     import numpy
     from gigapath import pos_embed, slide_encoder
