@@ -37,7 +37,7 @@ def test_every_model_is_trained_and_measured(script: Any, tmp_path: Path, monkey
     options = ["--small", "--steps", "2", "--seeds", "2", "--processes", "1", "--timed-steps", "2"]
     language.main([*options, "--output", str(path)])
     results = json.loads(path.read_text())["results"]
-    names = ["dense-64", "dense-256", "longnet-64", "longnet-256", "window-256"]
+    names = ["dense-64", "dense-256", "longnet-64", "longnet-256", "window-256", "wide-256"]
     assert list(results["variants"]) == names
     assert {(run["variant"], run["seed"]) for run in results["runs"]} == {(n, s) for s in (0, 1) for n in names}
     assert len(results["runs"]) == 2 * len(names)
@@ -69,6 +69,7 @@ def test_what_is_compared_costs_what_it_should(script: Any):
         # Two products of two operations for each of (context + 1) / 2 keys, in every head, dimension and layer.
         assert work[f"dense-{context}"] == 4 * (context + 1) / 2 * scale.embed_dim * scale.num_layers
         assert 0.15 < work[f"longnet-{context}"] / work[f"dense-{context}"] < 0.25
+    assert 0.2 < work["wide-32768"] / work["dense-32768"] < 0.25
     assert work["window-32768"] == pytest.approx(work["longnet-32768"], rel=0.01)
 
 
@@ -145,7 +146,7 @@ def test_the_page_shows_what_was_measured(script: Any):
     report, page = script("language_report"), (BENCHMARKS.parent / "docs" / "quality.md").read_text()
     results = json.loads((BENCHMARKS / "results" / "language.json").read_text())["results"]
     names = list(results["variants"])
-    at_32k = ["dense-32768", "longnet-32768", "window-32768"]
+    at_32k = [f"{kind}-32768" for kind in report.KINDS]
     assert report.table(results) in page
     assert report.position_table(results, "bits_by_position", at_32k) in page
     assert report.position_table(results, "own_context_bits_by_position", names) in page
