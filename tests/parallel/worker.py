@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Client
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import model_tasks
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -164,12 +166,18 @@ def under_ordering(mesh: DeviceMesh, shape: tuple[int, int], strategy: str, layo
     return {"errors": [float((a - b).abs().max()) for a, b in zip(found, (alone, *expected), strict=True)]}
 
 
+def run_model(task: Callable[..., object], mesh: DeviceMesh, *arguments: object) -> object:
+    """A task of `model_tasks`, which makes a mesh of two dimensions as this pool does."""
+    return task(mesh, make, *arguments)
+
+
 TASKS = {
     "repeat": repeat,
     "attend": attend,
     "attend_sparse": attend_sparse,
     "train": train,
     "under_ordering": under_ordering,
+    **{f"model {name}": partial(run_model, task) for name, task in model_tasks.TASKS.items()},
 }
 
 

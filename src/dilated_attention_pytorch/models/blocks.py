@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import DilatedAttention
+from ..parallel import ContextParallel, Streaming
 from .config import LongNetLMConfig
 from .rope import RotaryTables, rotate
 
 if TYPE_CHECKING:
-    from ..parallel import ContextParallel, Streaming
     from .model_cache import LayerCache, RecentRows
 
 
@@ -32,6 +32,19 @@ class Documents(NamedTuple):
     cu_seqlens: Tensor | None
     key_start: int | Tensor
     parallel: ContextParallel | Streaming | None = None
+
+    @property
+    def ranks(self) -> ContextParallel | None:
+        """What shards the rows, if they are sharded."""
+        return self.parallel if isinstance(self.parallel, ContextParallel) else None
+
+    def length(self, rows: int) -> int:
+        """Rows of the whole sequence, of which these are ``rows``."""
+        return rows if self.ranks is None or self.ranks.length is None else self.ranks.length
+
+    def rows(self, device: torch.device) -> Tensor | None:
+        """Which rows of the whole sequence these are, int64, where it is sharded."""
+        return None if self.ranks is None else self.ranks.positions(device)
 
 
 class Gains(NamedTuple):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..merge import accumulator_dtype
 from ..modules import DilatedAttention
 from ..ordering import HilbertOrdering
+from ..parallel import ContextParallel, Streaming, check_parallel
 from .blocks import Documents, Factory
 from .config import check_config
 from .encoder_config import LongNetEncoderConfig
@@ -25,22 +26,26 @@ class DropPath(nn.Module):
     """Drops a residual update for whole documents (stochastic depth, arXiv 1603.09382), in training.
 
     What is kept is divided by the probability of being kept. A document is a batch row, or one of those packed in it.
+    Ranks that share documents drop what the first of them draws.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x_BNE: Tensor, cu_seqlens: Tensor | None = None) -> Tensor | None:
+    def forward(
+        self, x_BNE: Tensor, cu_seqlens: Tensor | None = None, ranks: ContextParallel | None = None
+    ) -> Tensor | None:
         """What multiplies an update ``(B, N, E)``: ``(B,)`` or, where documents are packed, ``(N,)``; None for 1."""
         if not self.training or self.rate == 0.0:
             return None
         documents = x_BNE.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        kept = torch.rand(documents, device=x_BNE.device) >= self.rate
+        drawn = torch.rand(documents, device=x_BNE.device)
+        kept = (drawn if ranks is None else ranks.ranks.first(drawn)) >= self.rate
         factor = kept.to(accumulator_dtype(x_BNE.dtype)) / (1.0 - self.rate)
         if cu_seqlens is None:
             return factor
-        row = torch.arange(x_BNE.shape[1], device=x_BNE.device)
+        row = torch.arange(x_BNE.shape[1], device=x_BNE.device) if ranks is None else ranks.positions(x_BNE.device)
         return factor[torch.bucketize(row, cu_seqlens[1:].to(row), right=True)]
 
     def extra_repr(self) -> str:
@@ -86,6 +91,7 @@ class EncoderSelfAttention(nn.Module):
             key_padding_mask=documents.key_padding_mask,
             cu_seqlens=documents.cu_seqlens,
             key_start=documents.key_start,
+            parallel=documents.parallel,
         ).flatten(-2)
         if self.inner_attn_ln is None:
             return x, self.out_proj(out)
@@ -139,11 +145,11 @@ class EncoderLayer(nn.Module):
         """The stream ``(B, N, E)`` with both updates, the last of them still to be added."""
         before = self.normalize_before
         x, update = self.self_attn(stream, documents, tables, self.self_attn_layer_norm if before else None)
-        stream = Stream(x, self.dropout(update), self.drop_path(x, documents.cu_seqlens))
+        stream = Stream(x, self.dropout(update), self.drop_path(x, documents.cu_seqlens, documents.ranks))
         if not before:
             stream = Stream(self.self_attn_layer_norm(stream.total()))
         x, update = self.ffn(stream, self.final_layer_norm if before else None)
-        stream = Stream(x, self.dropout(update), self.drop_path(x, documents.cu_seqlens))
+        stream = Stream(x, self.dropout(update), self.drop_path(x, documents.cu_seqlens, documents.ranks))
         return stream if before else Stream(self.final_layer_norm(stream.total()))
 
 
@@ -206,6 +212,7 @@ class LongNetEncoder(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         ordering: HilbertOrdering | None = None,
+        parallel: ContextParallel | Streaming | None = None,
     ) -> Tensor:
         """Encode embeddings ``(B, N, embed_dim)``: ``(B, N, embed_dim)``, the final norm applied if there is one.
 
@@ -215,13 +222,17 @@ class LongNetEncoder(nn.Module):
             cu_seqlens: ``(documents + 1,)`` boundaries of documents packed in one row of batch 1.
             ordering: in which order the layers see the rows. They are permuted once before the first layer and put
                 back after the last, masks and xPos's positions with them.
+            parallel: the rows of ``x`` and of the mask are this rank's of a sharded sequence (`ContextParallel.shard`),
+                and so are those of the result; cu_seqlens are of the whole. Or a `Streaming`, with model and
+                embeddings in host memory: attention goes through its device.
 
         Raises:
             ValueError: embeddings of another shape, document arguments that :func:`dilated_attention` refuses, an
-                ordering of other rows or documents, or with ``xpos`` documents so long that its scale overflows.
+                ordering of other rows or documents or over a sharded sequence, or with ``xpos`` documents so long that
+                its scale overflows.
         """
         stream = Stream(x)
-        for state in self._states(x, key_padding_mask, cu_seqlens, ordering):
+        for state in self._states(x, Documents(key_padding_mask, cu_seqlens, 0, parallel), ordering):
             stream = state
         x = stream.total()
         x = x if ordering is None else ordering.invert(x)
@@ -234,22 +245,18 @@ class LongNetEncoder(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         ordering: HilbertOrdering | None = None,
+        parallel: ContextParallel | Streaming | None = None,
     ) -> Iterator[Tensor]:
         """The residual stream: the input, then the output of each layer, before the final norm; as :meth:`forward`.
 
         One at a time, so that whoever wants a summary of every layer need not hold all of them.
         """
-        for stream in self._states(x, key_padding_mask, cu_seqlens, ordering, summed=True):
+        documents = Documents(key_padding_mask, cu_seqlens, 0, parallel)
+        for stream in self._states(x, documents, ordering, summed=True):
             yield stream.x if ordering is None else ordering.invert(stream.x)
 
     def _states(
-        self,
-        x: Tensor,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        ordering: HilbertOrdering | None,
-        *,
-        summed: bool = False,
+        self, x: Tensor, documents: Documents, ordering: HilbertOrdering | None, *, summed: bool = False
     ) -> Iterator[Stream]:
         """The residual stream, its rows in the order of ``ordering``; ``summed``: with no update still to be added."""
         config = self.config
@@ -257,17 +264,26 @@ class LongNetEncoder(nn.Module):
             raise ValueError(
                 f"the encoder's input has shape {tuple(x.shape)}; give (batch, rows, {config.embed_dim}), not empty"
             )
+        check_parallel(documents.parallel)
+        if documents.ranks is not None:
+            documents.ranks.check_rows("the encoder's input", x.shape[1])
+        mask = documents.key_padding_mask
         if ordering is not None:
+            if documents.ranks is not None:
+                raise ValueError(
+                    "ordering is given, and parallel is a ContextParallel, whose ranks hold some rows each; apply the "
+                    "ordering to the whole sequence before shard(), and undo it after unshard()"
+                )
             ordering.check(is_causal=config.is_causal)
-            _check_documents(ordering, cu_seqlens)
+            _check_documents(ordering, documents.cu_seqlens)
             x = ordering.apply(x)
-            key_padding_mask = None if key_padding_mask is None else ordering.apply(key_padding_mask)
-        documents = Documents(key_padding_mask, cu_seqlens, 0)
-        longest = self._longest_document(x.shape[1], cu_seqlens)
+            mask = None if mask is None else ordering.apply(mask)
+            documents = documents._replace(key_padding_mask=mask)
+        longest = self._longest_document(documents.length(x.shape[1]), documents.cu_seqlens)
         self._warn_misplaced(longest)
         tables = self._xpos_tables(x, documents, longest, ordering)
-        if key_padding_mask is not None:
-            x = x.masked_fill(key_padding_mask[..., None], 0.0)
+        if mask is not None:
+            x = x.masked_fill(mask[..., None], 0.0)
         stream = Stream(self.dropout(x))
         yield stream
         recompute = config.activation_checkpointing and torch.is_grad_enabled()
@@ -297,7 +313,8 @@ class LongNetEncoder(nn.Module):
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         xpos.check_span(longest, max(self.config.segment_lengths), dtype)
-        positions = centred_positions(x.shape[1], documents.cu_seqlens, x.device)
+        length, rows = documents.length(x.shape[1]), documents.rows(x.device)
+        positions = centred_positions(length, documents.cu_seqlens, x.device, rows=rows)
         if ordering is not None:
             positions = positions[0, ordering.positions(x.device)].view(-1, x.shape[1])
         return xpos.tables(positions, accumulator_dtype(x.dtype))

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parallel import ContextParallel
 from ..types import HeadOffsets
 from .transformer_layers import (
     Activation,
     CrossAttention,
     DilatedTransformerDecoderLayer,
     DilatedTransformerEncoderLayer,
+    Parallel,
+    check_alongside,
+    gather_memory,
     read_causal,
     read_padding,
 )
@@ -27,9 +31,9 @@ class _Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         for layer in self.layers:
-            x = layer(x, *rest)
+            x = layer(x, *rest, **options)
         return self.norm(x)
 
 
@@ -103,6 +107,7 @@ class LongNet(nn.Module):
             "dtype": dtype,
         }
         self.d_model, self.nhead, self.batch_first = d_model, nhead, batch_first
+        self.cross_attention = cross_attention
 
         def norm() -> nn.LayerNorm:
             return nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)
@@ -135,6 +140,9 @@ class LongNet(nn.Module):
         src_is_causal: bool | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        parallel: Parallel = None,
+        src_parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Embeddings ``src (B, N_src, E)`` and ``tgt (B, N_tgt, E)``, or unbatched ``(N, E)``, to the shape of tgt.
 
@@ -142,10 +150,17 @@ class LongNet(nn.Module):
         ``src_is_causal`` and ``tgt_is_causal`` say the same without a matrix. Padding masks are bool ``(B, N)``,
         True = ignore; what a padded source row holds has no effect where ``memory_key_padding_mask`` hides it too.
 
+        Under ``parallel``, a `ContextParallel`, source and target are this rank's rows, with their padding masks, and
+        so is the result. A source of another length has a `ContextParallel` of its own, ``src_parallel``; dilated
+        cross-attention refuses that. A `Streaming` takes all attention but dense cross-attention through its device.
+
         Raises:
             ValueError: another mask, or tensors of the wrong shape.
         """
-        memory = self.encode(src, src_mask, src_key_padding_mask, src_is_causal)
+        over = parallel if src_parallel is None else src_parallel
+        memory_parallel = over if isinstance(over, ContextParallel) else None
+        self._check_cross_attention(parallel, memory_parallel)
+        memory = self.encode(src, src_mask, src_key_padding_mask, src_is_causal, parallel=over)
         return self.decode(
             tgt,
             memory,
@@ -155,6 +170,8 @@ class LongNet(nn.Module):
             memory_key_padding_mask,
             tgt_is_causal,
             memory_is_causal,
+            parallel=parallel,
+            memory_parallel=memory_parallel,
         )
 
     def encode(
@@ -163,10 +180,13 @@ class LongNet(nn.Module):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         src_is_causal: bool | None = None,
+        *,
+        parallel: Parallel = None,
     ) -> Tensor:
         """The memory that :meth:`decode` reads, of the shape of ``src``; arguments as for :meth:`forward`."""
         causal = read_causal("src_mask", src_mask, src_is_causal)
-        return self.encoder(src, None, read_padding("src_key_padding_mask", src_key_padding_mask), causal)
+        hidden = read_padding("src_key_padding_mask", src_key_padding_mask)
+        return self.encoder(src, None, hidden, causal, parallel=parallel)
 
     def decode(
         self,
@@ -178,9 +198,27 @@ class LongNet(nn.Module):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        parallel: Parallel = None,
+        memory_parallel: ContextParallel | None = None,
     ) -> Tensor:
-        """The decoder's output for a memory of :meth:`encode`; arguments as for :meth:`forward`."""
+        """The decoder's output for a memory of :meth:`encode`; arguments as for :meth:`forward`.
+
+        ``memory_parallel`` is what shards the memory; None: it is whole on every rank.
+        """
+        self._check_cross_attention(parallel, memory_parallel)
         causal = read_causal("tgt_mask", tgt_mask, tgt_is_causal)
         hidden = read_padding("tgt_key_padding_mask", tgt_key_padding_mask)
         memory_hidden = read_padding("memory_key_padding_mask", memory_key_padding_mask)
-        return self.decoder(tgt, memory, None, memory_mask, hidden, memory_hidden, causal, memory_is_causal)
+        if memory_parallel is not None and self.cross_attention == "dense":  # once for all layers
+            rows = -2 if self.batch_first or memory.dim() == 2 else 0
+            memory, memory_hidden = gather_memory(memory, memory_hidden, memory_parallel, dim=rows)
+            memory_parallel = None
+        return self.decoder(
+            tgt, memory, None, memory_mask, hidden, memory_hidden, causal, memory_is_causal,
+            parallel=parallel, memory_parallel=memory_parallel,
+        )  # fmt: skip
+
+    def _check_cross_attention(self, parallel: Parallel, memory_parallel: ContextParallel | None) -> None:
+        if self.cross_attention == "dilated":
+            check_alongside(parallel, memory_parallel)

@@ -260,15 +260,15 @@ class LongNetLM(nn.Module):
 
     def features(self, tokens: Tensor, documents: Documents, cache: ModelCache | None = None) -> Tensor:
         """The normalised residual stream ``(B, N, embed_dim)`` that the logits are projected from."""
-        config, parallel = self.config, documents.parallel
-        check_parallel(parallel)
-        if isinstance(parallel, ContextParallel) and (config.ngram_sizes or config.short_convolution):
+        config = self.config
+        check_parallel(documents.parallel)
+        if documents.ranks is not None and (config.ngram_sizes or config.short_convolution):
             name = "ngram_sizes" if config.ngram_sizes else "short_convolution"
             raise ValueError(f"{name} reads rows that the neighbour rank holds; leave it out of the configuration")
         if cache is not None:
             documents = _continued(documents, cache)
         embedded = self._embed(tokens)
-        rows = parallel.positions(tokens.device) if isinstance(parallel, ContextParallel) else None
+        rows = documents.rows(tokens.device)
         positions = document_positions(
             tokens, cu_seqlens=documents.cu_seqlens, key_start=documents.key_start, rows=rows
         )

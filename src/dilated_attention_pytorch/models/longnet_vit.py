@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..merge import accumulator_dtype
 from ..ordering import Curve, HilbertOrdering, checked_curve, grid_ordering
+from ..parallel import ContextParallel, Streaming, check_parallel
 from ..types import MixingGrad, Padding
 from .config import check_config
 from .encoder import LongNetEncoder
@@ -17,7 +19,7 @@ from .front_ends import ImageEmbedding, TileEmbedding
 from .gigapath import gigapath_segment_lengths, read_gigapath
 from .longvit import longvit_segment_lengths, read_longvit
 from .positions import grid_cells
-from .slides import Slides
+from .slides import Slides, tiles_of_rank
 from .weights import WeightsError, WeightsSource, describe, materialise
 
 
@@ -116,6 +118,7 @@ class LongNetViT(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        parallel: ContextParallel | Streaming | None = None,
     ) -> list[Tensor] | Tensor:
         """Embeddings of slides from tile features, or encoded patches of images.
 
@@ -126,6 +129,11 @@ class LongNetViT(nn.Module):
             all_layer_embed: embeddings from the encoder's input and from the output of every layer.
             key_padding_mask: ``(B, L)`` bool, True = no tile, at the end of slides that are shorter than the others.
             cu_seqlens: ``(slides + 1,)`` boundaries of slides packed in one row of batch 1.
+            parallel: tiles are sharded over ranks, with the class tokens: x, coords and mask are those of the tiles
+                that :meth:`tiles_of_rank` says; cu_seqlens are of all. Embeddings of slides come out on every rank,
+                so what all ranks make of them adds up in the gradients. Images are given whole to every rank, which
+                gets its rows of the patches (``parallel.positions()``). Or a `Streaming`, with model and inputs in
+                host memory: attention goes through its device.
 
         Returns:
             On tiles a list of ``(slides, embed_dim)``: one, or the input's and each layer's. As in the original, the
@@ -133,9 +141,16 @@ class LongNetViT(nn.Module):
             ``(B, patches, embed_dim)``, row by row of patches.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, coordinates outside the grid (the message names the tile), or
-                document arguments that :func:`dilated_attention` refuses.
+            ValueError: shapes or dtypes that do not fit, coordinates outside the grid (the message names the tile),
+                document arguments that :func:`dilated_attention` refuses, or an ``ordering`` over sharded rows.
         """
+        check_parallel(parallel)
+        ranks = parallel if isinstance(parallel, ContextParallel) else None
+        if ranks is not None and self.ordering is not None:
+            raise ValueError(
+                f"the model has ordering {self.ordering!r}, which needs all rows, and parallel is a ContextParallel; "
+                "give tiles in the order of a curve to a model without one"
+            )
         if isinstance(self.patch_embed, ImageEmbedding):
             if coords is not None or all_layer_embed or key_padding_mask is not None or cu_seqlens is not None:
                 raise ValueError("this model takes images; give model(image) without coordinates and further options")
@@ -143,14 +158,16 @@ class LongNetViT(nn.Module):
             patches = self.patch_embed(x, self.pos_embed)
             size = self.patch_embed.patch_size
             ordering = grid_ordering(self.ordering, x.shape[2] // size, x.shape[3] // size) if self.ordering else None
-            return self.encoder(patches, ordering=ordering)
+            patches = patches if ranks is None else ranks.shard(patches, 1)
+            return self.encoder(patches, ordering=ordering, parallel=parallel)
         if coords is None:
             raise ValueError("coords is missing; give the corners of the tiles in pixels, (batch, tiles, 2)")
         assert self.cls_token is not None
         assert self.norm is not None
-        slides = Slides.of(x, key_padding_mask, cu_seqlens)
+        slides = Slides.of(x, key_padding_mask, cu_seqlens, ranks)
         tokens = slides.insert(self.cls_token, self.patch_embed(x, coords, key_padding_mask))
-        documents = {"key_padding_mask": slides.key_padding_mask, "cu_seqlens": slides.cu_seqlens}
+        documents: dict[str, Any] = {"key_padding_mask": slides.key_padding_mask, "cu_seqlens": slides.cu_seqlens}
+        documents["parallel"] = parallel
         ordering = self._order_of_tiles(coords, key_padding_mask, slides)
         if all_layer_embed:
             states = self.encoder.iter_states(tokens, **documents, ordering=ordering)
@@ -174,16 +191,33 @@ class LongNetViT(nn.Module):
             cu_seqlens=slides.cu_seqlens,
         )
 
-    def classify(self, image: Tensor) -> Tensor:
+    @staticmethod
+    def tiles_of_rank(parallel: ContextParallel, tiles: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Which of ``tiles`` this rank gives to :meth:`forward`: int64 indices, to load or to cut them by.
+
+        Tiles and class tokens are the rows that are sharded; ``parallel.length`` is set to their number. With
+        ``cu_seqlens`` slides are packed, else each batch row is one.
+        """
+        return tiles_of_rank(parallel, tiles, cu_seqlens)
+
+    def classify(self, image: Tensor, *, parallel: ContextParallel | Streaming | None = None) -> Tensor:
         """Logits ``(B, num_classes)`` of images: the classifier on the norm of the mean over their patches.
+
+        ``parallel`` as for :meth:`forward`; the logits come out on every rank.
 
         Raises:
             ValueError: the model has no classifier, or the image is one that :meth:`forward` refuses.
         """
         if self.head is None or self.fc_norm is None:
             raise ValueError("this model has no classifier; make one with num_classes, on an ImageEmbedding")
-        tokens = self(image)
-        return self.head(self.fc_norm(tokens.to(accumulator_dtype(tokens.dtype)).mean(1).to(tokens.dtype)))
+        tokens = self(image, parallel=parallel)
+        wide = tokens.to(accumulator_dtype(tokens.dtype))
+        if isinstance(parallel, ContextParallel):
+            assert parallel.length is not None
+            mean = parallel.add_up(wide.sum(1)) / parallel.length
+        else:
+            mean = wide.mean(1)
+        return self.head(self.fc_norm(mean.to(tokens.dtype)))
 
     @classmethod
     def from_gigapath(

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import DilatedAttention, MultiheadDilatedAttention
+from ..parallel import ContextParallel, Streaming, check_parallel
 from ..types import HeadOffsets
+from .blocks import Documents
 from .xpos import XPos, apply_xpos, centred_positions
 
 Activation = str | Callable[[Tensor], Tensor]
+Parallel = ContextParallel | Streaming | None
 CrossAttention = Literal["dense", "dilated"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -71,9 +74,12 @@ class TurnedAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """As :class:`DilatedAttention`; query and key have the same rows."""
-        rows = key.shape[1]
-        self.xpos.check_span(rows, min(rows, max(self.attention.pattern.segment_lengths)), query.dtype)
-        positions = centred_positions(rows, options.get("cu_seqlens"), key.device)
+        documents = Documents(None, options.get("cu_seqlens"), 0, options.get("parallel"))
+        if documents.ranks is not None:
+            documents.ranks.check_rows("key", key.shape[1])
+        length, rows = documents.length(key.shape[1]), documents.rows(key.device)
+        self.xpos.check_span(length, min(length, max(self.attention.pattern.segment_lengths)), query.dtype)
+        positions = centred_positions(length, documents.cu_seqlens, key.device, rows=rows)
         tables = self.xpos.tables(positions, torch.promote_types(query.dtype, torch.float32))
         return self.attention(*apply_xpos(query, key, tables), value, **options)
 
@@ -191,6 +197,8 @@ class DilatedTransformerEncoderLayer(_Layer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        parallel: Parallel = None,
     ) -> Tensor:
         """``src (B, N, E)``, ``(N, B, E)`` without ``batch_first``, or ``(N, E)``, to the same shape.
 
@@ -198,15 +206,18 @@ class DilatedTransformerEncoderLayer(_Layer):
             src_mask: None, or the causal mask ``(N, N)``, which then means ``is_causal``.
             src_key_padding_mask: bool ``(B, N)``, or ``(N,)`` of an ``(N, E)``; True = ignore.
             is_causal: each row attends only to rows at or before it.
+            parallel: the rows of ``src`` and of its padding mask are this rank's (`ContextParallel.shard`), and so are
+                those of the result; or a `Streaming`, as for :func:`dilated_attention`.
 
         Raises:
             ValueError: another mask, or tensors of the wrong shape.
         """
+        check_parallel(parallel)
         causal = read_causal("src_mask", src_mask, is_causal)
         hidden = read_padding("src_key_padding_mask", src_key_padding_mask)
 
         def attend(x: Tensor) -> Tensor:
-            return self.self_attn(x, x, x, key_padding_mask=hidden, is_causal=causal)[0]
+            return self.self_attn(x, x, x, key_padding_mask=hidden, is_causal=causal, parallel=parallel)[0]
 
         return self._turn(self._through(self._turn(src), attend, self._feed_forward))
 
@@ -282,6 +293,9 @@ class DilatedTransformerDecoderLayer(_Layer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        *,
+        parallel: Parallel = None,
+        memory_parallel: ContextParallel | None = None,
     ) -> Tensor:
         """``tgt (B, N_tgt, E)`` and ``memory (B, N_src, E)``, laid out as for the encoder layer, to the shape of tgt.
 
@@ -292,21 +306,33 @@ class DilatedTransformerDecoderLayer(_Layer):
             tgt_is_causal: each row attends only to target rows at or before it.
             memory_is_causal: for dilated cross-attention: and only to memory rows at or before its own position; for
                 dense as in ``nn.TransformerDecoderLayer``, a hint about ``memory_mask``.
+            parallel: where the target lives: its rows and those of its padding mask are this rank's of a sharded
+                sequence, and so are those of the result and of ``memory_mask``; or a `Streaming`.
+            memory_parallel: what shards the memory and its padding mask; None: they are whole on every rank. Dense
+                attention then gathers the memory, of any length, on every rank. Dilated attention takes a memory that
+                is sharded like the target alone.
 
         Raises:
-            ValueError: another mask, or tensors of the wrong shape.
+            ValueError: another mask, tensors of the wrong shape, or dilated attention over another sharding.
         """
+        check_parallel(parallel)
+        check_parallel(memory_parallel)
+        dilated = isinstance(self.multihead_attn, MultiheadDilatedAttention)
+        if dilated:
+            check_alongside(parallel, memory_parallel)
         causal = read_causal("tgt_mask", tgt_mask, tgt_is_causal)
         hidden = read_padding("tgt_key_padding_mask", tgt_key_padding_mask)
         memory, memory_hidden = self._turn(memory), read_padding("memory_key_padding_mask", memory_key_padding_mask)
+        if memory_parallel is not None and not dilated:
+            memory, memory_hidden = gather_memory(memory, memory_hidden, memory_parallel)
 
         def attend(x: Tensor) -> Tensor:
-            return self.self_attn(x, x, x, key_padding_mask=hidden, is_causal=causal)[0]
+            return self.self_attn(x, x, x, key_padding_mask=hidden, is_causal=causal, parallel=parallel)[0]
 
         def look(x: Tensor) -> Tensor:
             if isinstance(self.multihead_attn, MultiheadDilatedAttention):
                 along = read_causal("memory_mask", memory_mask, memory_is_causal)
-                return attend_alongside(self.multihead_attn, x, memory, memory_hidden, is_causal=along)
+                return attend_alongside(self.multihead_attn, x, memory, memory_hidden, along, parallel)
             return self.multihead_attn(
                 x, memory, memory, key_padding_mask=memory_hidden, attn_mask=memory_mask,
                 is_causal=memory_is_causal, need_weights=False,
@@ -315,13 +341,43 @@ class DilatedTransformerDecoderLayer(_Layer):
         return self._turn(self._through(self._turn(tgt), attend, look, self._feed_forward))
 
 
+def gather_memory(
+    memory: Tensor, hidden: Tensor | None, ranks: ContextParallel, *, dim: int = -2
+) -> tuple[Tensor, Tensor | None]:
+    """All rows, along ``dim``, of a sharded memory and of its mask ``(..., n)``, on every rank."""
+    memory = ranks.unshard(memory, dim, differentiable=True)
+    return memory, None if hidden is None else ranks.unshard(hidden, -1)
+
+
+def check_alongside(parallel: Parallel, memory_parallel: ContextParallel | None) -> None:
+    """Raise ValueError unless a target and the memory that it attends to row by row are sharded alike, or not at all.
+
+    It compares what all ranks know, so all of them raise, before anything is sent.
+    """
+    target, memory = (
+        None if not isinstance(one, ContextParallel) else (one.length, one.layout, one.ranks.shape)
+        for one in (parallel, memory_parallel)
+    )
+    if target != memory:
+        texts = ["whole" if one is None else f"{one[0]} rows {one[1]} over {one[2]} ranks" for one in (target, memory)]
+        raise ValueError(
+            f"cross_attention is 'dilated', the target is {texts[0]}, the memory {texts[1]}; give both one length and "
+            "one sharding (the shorter of them padded, its rows masked), or use cross_attention='dense'"
+        )
+
+
 def attend_alongside(
-    attention: MultiheadDilatedAttention, x: Tensor, memory: Tensor, hidden: Tensor | None, *, is_causal: bool
+    attention: MultiheadDilatedAttention,
+    x: Tensor,
+    memory: Tensor,
+    hidden: Tensor | None,
+    is_causal: bool,
+    parallel: Parallel,
 ) -> Tensor:
     """Row n of ``x (..., N_tgt, E)`` attends to ``memory (..., N_src, E)`` as row n of the memory would.
 
     The shorter of the two is padded at its end: queries with rows that are thrown away, the memory with hidden ones. A
-    row without any memory row in its segments gets the output projection's bias.
+    row without any memory row in its segments gets the output projection's bias. Over ranks both have the same rows.
     """
     rows, keys = x.shape[-2], memory.shape[-2]
     if rows > keys:
@@ -332,4 +388,5 @@ def attend_alongside(
         else:
             hidden = F.pad(hidden, (0, rows - keys), value=True)
     query = F.pad(x, (0, 0, 0, max(0, keys - rows)))
-    return attention(query, memory, memory, key_padding_mask=hidden, is_causal=is_causal)[0][..., :rows, :]
+    out, _ = attention(query, memory, memory, key_padding_mask=hidden, is_causal=is_causal, parallel=parallel)
+    return out[..., :rows, :]

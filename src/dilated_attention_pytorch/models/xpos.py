@@ -86,11 +86,16 @@ def _turn(x_BNHD: Tensor, tables: XPosTables) -> Tensor:
     return torch.stack((a * tables.cos - b * tables.sin, b * tables.cos + a * tables.sin), dim=-1).flatten(-2)
 
 
-def centred_positions(rows: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each row in its document less half of the document's length: int64 ``(1, rows)``."""
-    positions = torch.arange(rows, device=device)[None]
+def centred_positions(
+    length: int, cu_seqlens: Tensor | None, device: torch.device, *, rows: Tensor | None = None
+) -> Tensor:
+    """Position of each row in its document less half of the document's length: int64 ``(1, length)``.
+
+    ``rows (n,)`` are those of the ``length`` rows that are here, where the sequence is sharded: then ``(1, n)``.
+    """
+    positions = (torch.arange(length, device=device) if rows is None else rows)[None]
     if cu_seqlens is None:
-        return positions - rows // 2
+        return positions - length // 2
     bounds = cu_seqlens.to(positions)
     document = torch.bucketize(positions, bounds[1:-1], right=True)
     return positions - ((bounds[1:] + bounds[:-1]) // 2)[document]

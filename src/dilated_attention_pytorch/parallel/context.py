@@ -22,6 +22,7 @@ from ..memory import MemoryPool, SimplePool
 from ..patterns import DilatedPattern
 from ..types import AttentionOutput, Document, MixingGrad, Options, Padding, Shape
 from .attention import Job, ShardedAttention
+from .collective import Sum, Whole, cut
 from .comm import Traffic
 from .cost import Estimate, Rates, candidates, estimate
 from .hybrid import Across, Placement, Ranges, Ranks, Strategy, check_strategy, rows_of_ranks, total
@@ -112,24 +113,29 @@ class ContextParallel:
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's rows of ``x`` along ``dim``, a copy; remembers the length of ``dim``."""
         self.length = x.shape[dim]
-        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self._rows()[self.rank]], dim)
+        return cut(x, self._rows()[self.rank], dim)
 
-    def unshard(self, x: Tensor, dim: int) -> Tensor:
-        """The whole tensor of which every rank gives its rows, on every rank; no gradient flows back."""
-        held = self._rows()
-        rows = [total(part) for part in held]
-        if x.shape[dim] != rows[self.rank]:
-            raise ValueError(f"x has {x.shape[dim]} rows in dim {dim}; rank {self.rank} holds {rows[self.rank]}")
-        moved = x.detach().movedim(dim, 0)
-        padded = moved.new_zeros(max(rows), *moved.shape[1:])
-        padded[: len(moved)] = moved
-        whole = moved.new_empty(sum(rows), *moved.shape[1:])
-        for part, ranges in zip(self.ranks.gather(padded), held, strict=True):
-            row = 0
-            for start, stop in ranges:
-                whole[start:stop] = part[row : row + stop - start]
-                row += stop - start
-        return whole.movedim(0, dim)
+    def unshard(self, x: Tensor, dim: int, *, differentiable: bool = False) -> Tensor:
+        """The whole tensor of which every rank gives its rows, on every rank.
+
+        No gradient flows back, unless ``differentiable``: then a row gets those of what all ranks make of the whole.
+        """
+        self.check_rows("x", x.shape[dim])
+        given = x if differentiable else x.detach()
+        return Whole.apply(given.movedim(dim, 0), self.ranks, self._rows()).movedim(0, dim)
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of every rank's ``x``, all of one shape, on every rank; gradients are summed over the ranks alike."""
+        return Sum.apply(x, self.ranks)
+
+    def check_rows(self, name: str, rows: int) -> None:
+        """Raise ValueError unless this rank holds as many rows."""
+        held = total(self._rows()[self.rank])
+        if rows != held:
+            raise ValueError(
+                f"{name} has {rows} rows; rank {self.rank} of {self.world} holds {held} of {self.length}: cut it with "
+                "shard(), or set `length`"
+            )
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """The row in the whole sequence of each of this rank's rows: int64."""

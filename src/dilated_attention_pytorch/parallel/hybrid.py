@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .comm import broadcast, gather
+from .comm import add_up, broadcast, gather
 from .shard import Layout, joined, nested_ranges, ranges
 
 Strategy = Literal["auto", "ring", "gather", "ulysses", "hybrid"]
@@ -124,6 +124,12 @@ class Ranks:
             gather(parts, found.contiguous(), group)
             found = torch.cat(parts)
         return found
+
+    def add_up(self, mine: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place."""
+        for group in self.groups:
+            add_up(mine, group)
+        return mine
 
     def first(self, mine: Tensor) -> Tensor:
         """The tensor of rank 0, in place."""
