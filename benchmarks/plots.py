@@ -275,7 +275,7 @@ def _generation(results: Mapping[str, Any]) -> Iterator[Chart]:
 
 def _streaming(results: Mapping[str, Any]) -> Iterator[Chart]:
     times: dict[str, dict[str, float]] = {}
-    for direction in ("forward", "backward"):
+    for direction in ("forward", "forward_and_backward"):
         if direction in results:
             found = results[direction]
             parts = {"streamed, best": min(found["seconds"])}

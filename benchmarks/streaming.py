@@ -1,7 +1,7 @@
 """A GPU over tensors in host memory: time against computation and transfer alone, peak memory, every row checked.
 
     python benchmarks/streaming.py [--budget-gib 8] [--rows 2818048] [--heads 16] [--head-dim 128] [--backward]
-        [--pageable] [--pattern near|far] [--pools] [--repeats 3] [--output FILE]
+        [--pageable] [--pattern near|far] [--pools] [--repeats 3] [--trace FOLDER] [--output FILE]
 
 query, key and value are bfloat16 in page-locked memory; the budget has to be a quarter of them at most. "near" is
 LongNet's pattern up to segments of 32768 rows, "far" has three branches more, each with segments and rates 4 times
@@ -16,7 +16,6 @@ it runs at any small size and measures copies in memory.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from dilated_attention_pytorch import DilatedPattern, Streaming, create_memory_p
 from dilated_attention_pytorch.memory.compare import CONTENDERS
 from dilated_attention_pytorch.patterns.plan import plan
 from dilated_attention_pytorch.types import Document, Shape
+from sampled import check_rows
 
 
 def synchronize(device: torch.device) -> None:
@@ -147,48 +147,16 @@ def resident(
     return found
 
 
-def worst_row(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pattern: DilatedPattern, count: int
-) -> dict[str, float]:
-    """Errors of sampled rows, active in each branch in turn, against the definition in float64, and bound B of each.
+def record(function: Callable[[], object], device: torch.device, path: Path) -> None:
+    """One more call under PyTorch's profiler, as a trace of what ran on the host and on each stream when."""
+    from torch.profiler import ProfilerActivity, profile
 
-    Bound B: twice the error of the same formula with products in bfloat16, and 4 eps of the largest value.
-    """
-    rows, heads, dim = query.shape[1:]
-    generator = torch.Generator().manual_seed(9)
-    errors: list[tuple[float, float, float]] = []
-    for sample in range(count):
-        branch = sample % len(pattern.segment_lengths)
-        w, r = pattern.segment_lengths[branch], pattern.dilation_rates[branch]
-        head = int(torch.randint(min(heads, r * -(-heads // r)), (1,), generator=generator))
-        offset = pattern.head_offset(head, r, heads)
-        row = int(torch.randint(rows, (1,), generator=generator))
-        row = min(row // w * w + (row % w) // r * r + offset, rows - 1)
-        keys, values = [], []
-        for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True):
-            offset = pattern.head_offset(head, r, heads)
-            if row % w % r == offset:
-                first = row // w * w
-                here = slice(first + offset, min(first + w, rows), r)
-                keys.append(key[0, here, head])
-                values.append(value[0, here, head])
-        if not keys:
-            continue
-        q, k, v = query[0, row, head], torch.cat(keys), torch.cat(values)
-        scores = k.double() @ q.double() / math.sqrt(dim)
-        gold, gold_lse = torch.softmax(scores, 0) @ v.double(), float(torch.logsumexp(scores, 0))
-        eager = (torch.softmax((k @ q).float() / math.sqrt(dim), 0).bfloat16() @ v).double()
-        eps = torch.finfo(torch.bfloat16).eps
-        bound = 2 * float((eager - gold).abs().max()) + 4 * eps * float(gold.abs().max())
-        error = float((out[0, row, head].double() - gold).abs().max())
-        errors.append((error / bound, error, abs(float(lse[0, head, row]) - gold_lse)))
-    table = torch.tensor(errors, dtype=torch.float64)
-    return {
-        "rows": len(errors),
-        "worst_error_over_bound": float(table[:, 0].max()),
-        "worst_error": float(table[:, 1].max()),
-        "worst_lse_error": float(table[:, 2].max()),
-    }
+    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *gpu]) as recorded:
+        function()
+        synchronize(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(path))
 
 
 def run_direction(
@@ -219,6 +187,8 @@ def run_direction(
         name: (getattr(streaming.moved, name) - getattr(moved, name)) // len(times)
         for name in ("chunks", "tiles", "bytes_in", "bytes_out")
     }
+    if given.trace is not None:
+        record(run, device, given.trace / f"{'backward' if backward else 'forward'}.json.gz")
     rows = tensors[0].shape[1]
     most = min(rows, given.resident_rows or rows)
     reference = resident(tensors, pattern, most, device, given.repeats, last, given.backend)
@@ -233,7 +203,7 @@ def run_direction(
         "transfer_seconds": transfer,
         **reference,
         "time_over_bound": best / max(reference["compute_seconds"], transfer),
-        "sampled": worst_row(*tensors, last["out"], last["lse"], pattern, given.sampled),
+        "sampled": check_rows(*tensors, last["out"], last["lse"], pattern, given.sampled),
     }
 
 
@@ -275,8 +245,8 @@ def run_pools(
     }
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """One run of everything; see the module."""
+def measure(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """One run of everything; see the module. ``keep`` gets what has been found, after each direction."""
     device = torch.device(given.device)
     budget, rows, heads, dim = int(given.budget_gib * 2**30), given.rows, given.heads, given.head_dim
     segments = [2048, 4096, 8192, 16384, 32768]
@@ -311,6 +281,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         streaming = Streaming(device, memory_budget=budget)
         found[name] = run_direction(tensors, pattern, streaming, copies, given, backward=backward)
         print(name, {key: value for key, value in found[name].items() if key != "sampled"}, flush=True)
+        if keep is not None:
+            keep(found)
     if given.pools:
         found["pools"] = run_pools(tensors, pattern, given, backward=given.backward)
     return found
@@ -331,11 +303,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pageable", action="store_true", help="inputs in memory that is not page-locked")
     parser.add_argument("--pools", action="store_true", help="compare kinds of pools, too")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sampled", type=int, default=200, help="rows compared with float64")
+    parser.add_argument("--sampled", type=int, default=200, help="rows of each branch compared with float64")
     parser.add_argument("--resident-rows", type=int, help="rows on the device alone; by default all")
+    parser.add_argument("--trace", type=Path, help="a folder for traces of PyTorch's profiler, one of each direction")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streaming.json")
     given = parser.parse_args(arguments)
-    save(given.output, measure(given))
+    save(given.output, measure(given, lambda found: save(given.output, found, quiet=True)))
 
 
 if __name__ == "__main__":

@@ -39,22 +39,24 @@ def test_the_example_attends_over_files_larger_than_its_memory(
     assert example.main(arguments) > 1e-4
 
 
-def test_the_benchmark_measures_at_a_small_size(monkeypatch: pytest.MonkeyPatch):
+def test_the_benchmark_measures_at_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = load("benchmarks/streaming.py")
     given = argparse.Namespace(
         device="cpu", budget_gib=0.001, rows=4096, heads=4, head_dim=48, pattern="far", segments="64,256,8192",
         rates="1,4,64", backend="auto", backward=True, pageable=True, pools=True, repeats=1, sampled=30,
-        resident_rows=None,
+        resident_rows=None, trace=tmp_path,
     )  # fmt: skip
     found = benchmark.measure(given)
     assert found["qkv_bytes"] == 3 * 4096 * 4 * 48 * 2
     assert found["qkv_bytes"] >= 4 * found["budget_bytes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.json.gz", "forward.json.gz"]
     forward, both = found["forward"], found["forward_and_backward"]
     assert both["chunks"] > forward["chunks"] > 1
     assert both["bytes_in"] > forward["bytes_in"] >= found["qkv_bytes"]
     for one in (forward, both):
-        assert one["sampled"]["rows"] == 30
+        assert one["sampled"]["rows"] == 3 * 30
+        assert [branch["rows"] for branch in one["sampled"]["branches"]] == [30] * 3
         assert 0 < one["sampled"]["worst_error_over_bound"] <= 1
         assert one["sampled"]["worst_lse_error"] < 1e-3
         assert one["time_over_bound"] == min(one["seconds"]) / max(one["compute_seconds"], one["transfer_seconds"])
@@ -74,6 +76,6 @@ def test_the_benchmark_measures_at_a_small_size(monkeypatch: pytest.MonkeyPatch)
     tensors = [torch.randn(1, 100, 2, 8).bfloat16() for _ in range(3)]
     pattern = benchmark.DilatedPattern((100,), (1,))
     wrong = torch.zeros(1, 100, 2, 8).bfloat16(), torch.zeros(1, 2, 100)
-    assert benchmark.worst_row(*tensors, *wrong, pattern, 5)["worst_error_over_bound"] > 2
+    assert benchmark.check_rows(*tensors, *wrong, pattern, 5)["worst_error_over_bound"] > 2
     with pytest.raises(SystemExit, match="give more --rows"):
         benchmark.measure(argparse.Namespace(**{**vars(given), "budget_gib": 1.0}))

@@ -19,7 +19,7 @@ from ..backends.ops import no_autocast
 from ..merge import accumulator_dtype, merge_
 from .dense import dense_backward, dense_forward
 from .streaming_plan import Tile, block_runs, key_rows, part_of_run, query_rows, rows_of_run
-from .streaming_run import Job, Run, branch_alone, host_tensor
+from .streaming_run import Bundle, Job, Run, branch_alone, host_tensor
 from .streaming_sums import KeySums
 from .streaming_transfer import Copy, Loaded
 
@@ -45,14 +45,14 @@ def stream_forward(
             chosen = choose(job.backend, own).backend
             out, lse = chosen.forward(q, k, v, own, mask=hidden[0] if hidden else None, seed=job.seed)
             run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
-            run.tiles.ahead()
+            run.bundles.ahead()
             finish()
             total: Tensor | None = None
-            for tile in run.tiles_of(index):
+            for bundle in run.bundles_of(index):
                 if total is None:
                     total = out.to(acc)
                     out = total
-                _join(run, tile, q, total, lse)
+                _join(run, bundle, q, total, lse)
             copies = [Copy(run.host(out_host, chunk, key=False), out.to(query.dtype))]
             copies.append(Copy(run.host(lse_host, chunk, key=False), lse))
             del out, total, lse, q, k, v, hidden
@@ -68,14 +68,15 @@ def _nothing() -> None:
     """No download is under way."""
 
 
-def _join(run: Run, loaded: Loaded[Tile], q: Tensor, total: Tensor, lse: Tensor) -> None:
-    """Join a tile into the chunk's sums."""
-    k, v = loaded.tensors
-    for r in run.rectangles(loaded.item):
-        part, part_lse = dense_forward(
-            query_rows(q, r), key_rows(k, r), key_rows(v, r), run.problem.options.scale, keep=run.keep(loaded.item, r)
-        )
-        merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
+def _join(run: Run, loaded: Loaded[Bundle], q: Tensor, total: Tensor, lse: Tensor) -> None:
+    """Join tiles into the chunk's sums."""
+    keys, values = map(loaded.item.parts, loaded.tensors)
+    for (tile, k), (_, v) in zip(keys, values, strict=True):
+        for r in run.rectangles(tile):
+            part, part_lse = dense_forward(
+                query_rows(q, r), key_rows(k, r), key_rows(v, r), run.problem.options.scale, keep=run.keep(tile, r)
+            )
+            merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
 
 
 def stream_backward(
@@ -109,12 +110,12 @@ def stream_backward(
             side = _Side(run, loaded.tensors)
             grads = list(side.own(run.own(chunk, masked=side.hidden is not None), job.backend))
             run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
-            run.tiles.ahead()
+            run.bundles.ahead()
             finish()
             finish = _nothing
-            for tile in run.tiles_of(index):
+            for bundle in run.bundles_of(index):
                 grads[0] = grads[0].to(acc)
-                copies = side.tile(tile, grads[0], sums if add else others)
+                copies = side.bundle(bundle, grads[0], sums if add else others)
                 finish()
                 finish = run.mover.download(copies)
                 del copies
@@ -173,10 +174,28 @@ class _Side:
             seed=self.run.job.seed,
         )
 
-    def tile(self, loaded: Loaded[Tile], dq: Tensor, home: list[Tensor] | KeySums) -> list[Copy]:
-        """Add a tile's share to dQ; the copies that bring its dK and dV home: to sums of all rows, or of these."""
-        tile, (k, v), scale = loaded.item, loaded.tensors, self.run.problem.options.scale
-        totals = [torch.zeros_like(t, dtype=dq.dtype) for t in (k, v)]
+    def bundle(self, loaded: Loaded[Bundle], dq: Tensor, home: list[Tensor] | KeySums) -> list[Copy]:
+        """Add the share of tiles to dQ; the copies that bring their dK and dV home: to sums of all rows, or of these."""
+        bundle, found = loaded.item, []
+        sums = [torch.zeros_like(t, dtype=dq.dtype) for t in loaded.tensors]
+        parts = zip(*map(bundle.parts, (*loaded.tensors, *sums)), strict=True)
+        for (tile, k), (_, v), *totals in parts:
+            homes = [total for _, total in totals]
+            self._tile(tile, k, v, homes, dq)
+            for blocks in block_runs(tile):
+                if isinstance(home, KeySums):
+                    places = home.rows(tile, blocks)
+                else:
+                    places = [rows_of_run(total, tile.batch, blocks) for total in home[1:]]
+                found += [
+                    Copy(place, part_of_run(total, blocks), blocks.first.shown, add=True)
+                    for place, total in zip(places, homes, strict=True)
+                ]
+        return found
+
+    def _tile(self, tile: Tile, k: Tensor, v: Tensor, totals: list[Tensor], dq: Tensor) -> None:
+        """Add a tile's share to dQ, dK and dV."""
+        scale = self.run.problem.options.scale
         for r in self.run.rectangles(tile):
             grad_out, out = query_rows(self.grad_out, r), query_rows(self.out, r)
             delta = None
@@ -194,18 +213,6 @@ class _Side:
                     key_rows(total, r)[:, :1].add_(part.sum(1, keepdim=True, dtype=total.dtype))
                 else:
                     key_rows(total, r).add_(part)
-
-        found = []
-        for blocks in block_runs(tile):
-            if isinstance(home, KeySums):
-                places = home.rows(tile, blocks)
-            else:
-                places = [rows_of_run(total, tile.batch, blocks) for total in home[1:]]
-            found += [
-                Copy(place, part_of_run(total, blocks), blocks.first.shown, add=True)
-                for place, total in zip(places, totals, strict=True)
-            ]
-        return found
 
 
 class StreamedAttention(torch.autograd.Function):

@@ -163,24 +163,37 @@ def _sizes(one: Pass, rows: int) -> tuple[int, int]:
     return 1, min(rows, shape.query_rows)
 
 
-def _tile_rows(one: Pass, budget: int | None) -> tuple[int, int]:
-    """(least, wanted) rows of a tile: one of every head and offset; a sixteenth of the budget."""
+def _least_tile_rows(one: Pass) -> int:
+    """Rows of the smallest tile: one of every head and offset."""
     problem = one.problem
-    count = [blocks_of_branch(problem.pattern, i, problem.shape) for i in range(len(problem.pattern.branches))]
+    return max(blocks_of_branch(problem.pattern, i, problem.shape) for i in range(len(problem.pattern.branches)))
+
+
+def _tile_rows(one: Pass, budget: int, rows: int) -> int:
+    """Rows of a slot for tiles: a sixteenth of the budget at most, and no more than chunks of ``rows`` rows need.
+
+    That is the active rows of a segment, where one tile is copied after the other; where copies go ahead, all tiles
+    of a chunk are best copied at once: those before and behind it in every segment that is longer than a chunk.
+    """
+    problem, pattern = one.problem, one.problem.pattern
     active = [
-        blocks * -(-min(w, problem.shape.key_rows) // r)
-        for blocks, w, r in zip(count, problem.pattern.segment_lengths, problem.pattern.dilation_rates, strict=True)
+        blocks_of_branch(pattern, i, problem.shape) * -(-min(w, problem.shape.key_rows) // r)
+        for i, (w, r) in enumerate(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
     ]
-    row = slot_bytes(tile_specs(one, 256)) // 256
-    wanted = (budget or 0) // (16 * one.depth * row)
+    needed = max(active)
+    if one.depth > 1:
+        longer = zip(active, pattern.segment_lengths, strict=True)
+        needed = max(needed, 2 * sum(count for count, w in longer if w > rows))
+    row, least = slot_bytes(tile_specs(one, 256)) // 256, _least_tile_rows(one)
+    wanted = budget // (16 * one.depth * row)
     if not fused(problem, grad_lse=one.grad_lse):  # scores of a tile are written out
-        wanted = min(wanted, max(count) * 4096)
-    return max(count), max(max(count), min(wanted, max(active)))
+        wanted = min(wanted, least * 4096)
+    return max(least, min(wanted, needed))
 
 
 def least_budget(one: Pass, chunk: int | None) -> int:
     """The least budget that a pass works with, in chunks of one row or of the size given."""
-    return peak_bytes(one, chunk or 1, _tile_rows(one, None)[0])
+    return peak_bytes(one, chunk or 1, _least_tile_rows(one))
 
 
 @lru_cache(maxsize=64)
@@ -191,7 +204,7 @@ def schedule(one: Pass, budget: int, chunk: int | None) -> Schedule | None:
     """
     shape = one.problem.shape
     most = shape.batch * shape.key_rows if shape.query_rows == shape.key_rows else shape.query_rows
-    least, tile_rows = _tile_rows(one, budget)
+    least, tile_rows = _least_tile_rows(one), _tile_rows(one, budget, 0)
     while True:
         low, high = (1, most) if chunk is None else (min(chunk, most), min(chunk, most))
         fits = peak_bytes(one, low, tile_rows) <= budget
@@ -199,7 +212,11 @@ def schedule(one: Pass, budget: int, chunk: int | None) -> Schedule | None:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if peak_bytes(one, middle, tile_rows) <= budget else (low, middle - 1)
         if fits and (chunk or low == most or low * shape.kv_heads >= tile_rows or tile_rows == least):
-            return _schedule(one, low, tile_rows)
+            enough = _tile_rows(one, budget, low)
+            if tile_rows <= enough:
+                return _schedule(one, low, tile_rows)
+            tile_rows = enough  # the rest is for the chunks
+            continue
         if tile_rows == least:
             return None
         tile_rows = max(least, tile_rows // 2)  # it did not fit, or left less to the chunk than to itself

@@ -31,6 +31,30 @@ from .streaming_session import Session, slots_of_a_feed
 from .streaming_transfer import Copy, Feed, Loaded, Moved, carve
 
 
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Tiles of one chunk that are uploaded together: many small copies would each wait behind a chunk's."""
+
+    tiles: tuple[Tile, ...]
+
+    @property
+    def chunk(self) -> int:
+        """The index of the chunk."""
+        return self.tiles[0].chunk
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tiles, of one key head each."""
+        return sum(tile.rows for tile in self.tiles)
+
+    def parts(self, tensor: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+        """Each tile and its rows of a tensor (rows, D) of the bundle."""
+        start = 0
+        for tile in self.tiles:
+            yield tile, tensor[start : start + tile.rows]
+            start += tile.rows
+
+
 @dataclass(frozen=True)
 class Job:
     """One call of the operator, as a device computes it in chunks."""
@@ -96,7 +120,7 @@ class Run:
         slots = session.start(*sizes, largest=max(sizes))
         self.mover = session.mover
         self.chunks = Feed(self.mover, slots[0], iter(enumerate(schedule.chunks)), self._load_chunk)
-        self.tiles = Feed(self.mover, slots[1] if len(slots) > 1 else [], self._tiles(), self._load_tile)
+        self.bundles = Feed(self.mover, slots[1] if len(slots) > 1 else [], self._bundles(), self._load_bundle)
 
     def host(self, tensor: Tensor, chunk: Chunk, *, key: bool) -> Tensor:
         """A chunk's rows of a tensor of query rows or of key rows."""
@@ -127,14 +151,27 @@ class Run:
                 if shown.rectangles:
                     yield shown
 
-    def _load_tile(self, tile: Tile, memory: Tensor) -> tuple[list[Tensor], list[Copy]]:
-        places = carve(memory, tile_specs(self.one, tile.rows))
+    def _bundles(self) -> Iterator[Bundle]:
+        """Tiles in order, as many at a time as a slot holds."""
+        kept: list[Tile] = []
+        for tile in self._tiles():
+            rows = sum(one.rows for one in kept) + tile.rows
+            if kept and (tile.chunk != kept[0].chunk or rows > self.schedule.tile_rows):
+                yield Bundle(tuple(kept))
+                kept = []
+            kept.append(tile)
+        if kept:
+            yield Bundle(tuple(kept))
+
+    def _load_bundle(self, bundle: Bundle, memory: Tensor) -> tuple[list[Tensor], list[Copy]]:
+        places = carve(memory, tile_specs(self.one, bundle.rows))
         copies = [
-            Copy(rows_of_run(host, tile.batch, blocks), part_of_run(near, blocks), blocks.first.shown)
+            Copy(rows_of_run(host, tile.batch, blocks), part_of_run(part, blocks), blocks.first.shown)
             for host, near in zip(self.tensors[1:3], places, strict=True)
+            for tile, part in bundle.parts(near)
             for blocks in block_runs(tile)
         ]
-        self.job.moved.tiles += 1
+        self.job.moved.tiles += len(bundle.tiles)
         return places, copies
 
     def own(self, chunk: Chunk, *, masked: bool) -> Problem:
@@ -145,13 +182,13 @@ class Run:
             part = Part(heads, chunk.batch * heads, rows, self.first_branch)
         return chunk_alone(self.problem, chunk, masked=masked, part=part)
 
-    def tiles_of(self, index: int) -> Iterator[Loaded[Tile]]:
-        """The tiles of a chunk, each while the next one is on its way."""
-        while (tile := self.tiles.peek()) is not None and tile.chunk == index:
-            loaded = self.tiles.take()
+    def bundles_of(self, index: int) -> Iterator[Loaded[Bundle]]:
+        """The tiles of a chunk, each bundle while the next one is on its way."""
+        while (bundle := self.bundles.peek()) is not None and bundle.chunk == index:
+            loaded = self.bundles.take()
             yield loaded
-            self.tiles.done(loaded)
-            self.tiles.ahead()
+            self.bundles.done(loaded)
+            self.bundles.ahead()
 
     @property
     def first_branch(self) -> int:
