@@ -96,6 +96,22 @@ def test_copies_that_lag_behind_the_computation_change_nothing(monkeypatch, name
         assert violations_of(case, streaming) == []
 
 
+def test_tiles_of_a_chunk_are_copied_at_once_where_copies_go_ahead(monkeypatch):
+    uploads = []
+
+    class CountingMover(LaggingMover):
+        def upload(self, copies, slot):
+            uploads.append(slot.feed)
+            return super().upload(copies, slot)
+
+    monkeypatch.setattr(streaming_session, "DirectMover", CountingMover)
+    case = Case(seed=3, key_rows=600, segment_lengths=(16, 200, 2000), dilation_rates=(1, 4, 20), kv_heads=4)
+    streaming = Streaming("cpu", memory_budget=BIG, chunk=64)
+    assert violations_of(case, streaming) == []
+    assert streaming.moved.tiles > 2 * streaming.moved.chunks  # of both segments, before the chunk and behind it
+    assert uploads.count(0) == uploads.count(1) == streaming.moved.chunks
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Case, int]:
     """Any call of the operator, and the rows of a chunk: segments inside, across and beyond chunks."""

@@ -175,7 +175,7 @@ class _Side:
         )
 
     def bundle(self, loaded: Loaded[Bundle], dq: Tensor, home: list[Tensor] | KeySums) -> list[Copy]:
-        """Add the share of tiles to dQ; the copies that bring their dK and dV home: to sums of all rows, or of these."""
+        """Add tiles' share to dQ; the copies that bring their dK and dV home: to sums of all rows, or of these."""
         bundle, found = loaded.item, []
         sums = [torch.zeros_like(t, dtype=dq.dtype) for t in loaded.tensors]
         parts = zip(*map(bundle.parts, (*loaded.tensors, *sums)), strict=True)
