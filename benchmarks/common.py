@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _command() -> str:
-    """The command of this run, without the option that says where results go."""
+    """The command of this run, without the options that say where results go."""
     words = [str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
-    kept = [word for before, word in pairwise(["", *words]) if not {"--output", "--results"} & {before, word}]
-    return shlex.join(["python", *(word for word in kept if not word.startswith(("--output=", "--results=")))])
+    places = ("--output", "--results", "--trace")
+    kept = [word for before, word in pairwise(["", *words]) if before not in places and word not in places]
+    return shlex.join(["python", *(word for word in kept if not word.startswith(tuple(f"{p}=" for p in places)))])
 
 
 def provenance() -> dict[str, Any]:

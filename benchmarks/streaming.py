@@ -1,7 +1,8 @@
 """A GPU over tensors in host memory: time against computation and transfer alone, peak memory, every row checked.
 
-    python benchmarks/streaming.py [--budget-gib 8] [--rows 2818048] [--heads 16] [--head-dim 128] [--backward]
-        [--pageable] [--pattern near|far] [--pools] [--repeats 3] [--trace FOLDER] [--output FILE]
+    python benchmarks/streaming.py [--budget-gib 8] [--more-budgets-gib 16 32] [--rows 2818048] [--heads 16]
+        [--head-dim 128] [--directions both] [--pageable] [--pattern near|far] [--pools] [--repeats 3] [--trace FOLDER]
+        [--output FILE]
 
 query, key and value are bfloat16 in page-locked memory; the budget has to be a quarter of them at most. "near" is
 LongNet's pattern up to segments of 32768 rows, "far" has three branches more, each with segments and rates 4 times
@@ -19,7 +20,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,24 +159,24 @@ def record(function: Callable[[], object], device: torch.device, path: Path) -> 
     recorded.export_chrome_trace(str(path))
 
 
-def run_direction(
+def run_budget(
     tensors: list[Tensor],
     pattern: DilatedPattern,
-    streaming: Streaming,
+    budget: int,
     copies: dict[str, float],
     given: argparse.Namespace,
+    last: dict[str, Tensor],
     *,
     backward: bool,
 ) -> dict[str, Any]:
-    """Times, bytes and errors of one direction."""
-    device, budget = torch.device(given.device), streaming.memory_budget
-    last: dict[str, Tensor] = {}
+    """Times, bytes and peak of one direction within a budget; ``last`` gets the results."""
+    device, streaming = torch.device(given.device), Streaming(given.device, memory_budget=budget)
 
     def run() -> None:
         last.clear()  # its page-locked memory is used again
         last.update(attend(tensors, pattern, backward=backward, backend=given.backend, parallel=streaming))
 
-    before, moved = 0, replace(streaming.moved)
+    before = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -184,27 +184,42 @@ def run_direction(
     times = seconds(run, device, given.repeats)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
     counts = {
-        name: (getattr(streaming.moved, name) - getattr(moved, name)) // len(times)
-        for name in ("chunks", "tiles", "bytes_in", "bytes_out")
+        name: getattr(streaming.moved, name) // len(times) for name in ("chunks", "tiles", "bytes_in", "bytes_out")
     }
     if given.trace is not None:
-        record(run, device, given.trace / f"{'backward' if backward else 'forward'}.json.gz")
-    rows = tensors[0].shape[1]
-    most = min(rows, given.resident_rows or rows)
-    reference = resident(tensors, pattern, most, device, given.repeats, last, given.backend)
-    transfer = max(counts["bytes_in"] / copies["to_device"], counts["bytes_out"] / copies["to_host"])
-    best = min(times[1:])
+        name = f"{'backward' if backward else 'forward'}_{budget / 2**30:g}_gib.json.gz"
+        record(run, device, given.trace / name)
     return {
+        "budget_bytes": budget,
         **counts,
         "peak_bytes": peak,
         "peak_within_budget": None if peak is None else peak <= budget,
         "first_seconds": times[0],
         "seconds": times[1:],
-        "transfer_seconds": transfer,
-        **reference,
-        "time_over_bound": best / max(reference["compute_seconds"], transfer),
-        "sampled": check_rows(*tensors, last["out"], last["lse"], pattern, given.sampled),
+        "transfer_seconds": max(counts["bytes_in"] / copies["to_device"], counts["bytes_out"] / copies["to_host"]),
     }
+
+
+def run_direction(
+    tensors: list[Tensor],
+    pattern: DilatedPattern,
+    copies: dict[str, float],
+    given: argparse.Namespace,
+    *,
+    backward: bool,
+) -> dict[str, Any]:
+    """Times, bytes and errors of one direction, and times within larger budgets."""
+    device, rows = torch.device(given.device), tensors[0].shape[1]
+    last: dict[str, Tensor] = {}
+    budgets = [int(gib * 2**30) for gib in (given.budget_gib, *given.more_budgets_gib)]
+    found, *more = [run_budget(tensors, pattern, one, copies, given, last, backward=backward) for one in budgets]
+    most = min(rows, given.resident_rows or rows)
+    reference = resident(tensors, pattern, most, device, given.repeats, last, given.backend)
+    for one in (found, *more):
+        bound = max(reference["compute_seconds"], one["transfer_seconds"])
+        one["time_over_bound"] = min(one["seconds"]) / bound
+    sampled = check_rows(*tensors, last["out"], last["lse"], pattern, given.sampled)
+    return {**found, **reference, "sampled": sampled, "more_budgets": more}
 
 
 def run_pools(
@@ -277,14 +292,13 @@ def measure(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None] | 
         "seconds_to_make_inputs": made,
         "copy_bytes_per_second": copies,
     }
-    for name, backward in (("forward", False), ("forward_and_backward", True))[: 1 + given.backward]:
-        streaming = Streaming(device, memory_budget=budget)
-        found[name] = run_direction(tensors, pattern, streaming, copies, given, backward=backward)
+    for name in ("forward", "forward_and_backward") if given.directions == "both" else (given.directions,):
+        found[name] = run_direction(tensors, pattern, copies, given, backward=name != "forward")
         print(name, {key: value for key, value in found[name].items() if key != "sampled"}, flush=True)
         if keep is not None:
             keep(found)
     if given.pools:
-        found["pools"] = run_pools(tensors, pattern, given, backward=given.backward)
+        found["pools"] = run_pools(tensors, pattern, given, backward=given.directions != "forward")
     return found
 
 
@@ -299,7 +313,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--segments", help="segment lengths with commas between them, instead of --pattern")
     parser.add_argument("--rates", help="the dilation rates that go with --segments")
     parser.add_argument("--backend", default="auto", help="of a chunk's own pairs, and of the resident operator")
-    parser.add_argument("--backward", action="store_true", help="forward and backward, too")
+    parser.add_argument("--directions", choices=("forward", "forward_and_backward", "both"), default="forward")
+    parser.add_argument(
+        "--more-budgets-gib", type=float, nargs="*", default=[], help="larger ones, timed in the same run"
+    )
     parser.add_argument("--pageable", action="store_true", help="inputs in memory that is not page-locked")
     parser.add_argument("--pools", action="store_true", help="compare kinds of pools, too")
     parser.add_argument("--repeats", type=int, default=3)

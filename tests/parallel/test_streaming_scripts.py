@@ -43,14 +43,15 @@ def test_the_benchmark_measures_at_a_small_size(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = load("benchmarks/streaming.py")
     given = argparse.Namespace(
-        device="cpu", budget_gib=0.001, rows=4096, heads=4, head_dim=48, pattern="far", segments="64,256,8192",
-        rates="1,4,64", backend="auto", backward=True, pageable=True, pools=True, repeats=1, sampled=30,
-        resident_rows=None, trace=tmp_path,
+        device="cpu", budget_gib=2**-10, rows=4096, heads=4, head_dim=48, pattern="far", segments="64,256,8192",
+        rates="1,4,64", backend="auto", directions="both", more_budgets_gib=[2**-9], pageable=True, pools=True,
+        repeats=1, sampled=30, resident_rows=None, trace=tmp_path,
     )  # fmt: skip
     found = benchmark.measure(given)
     assert found["qkv_bytes"] == 3 * 4096 * 4 * 48 * 2
     assert found["qkv_bytes"] >= 4 * found["budget_bytes"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.json.gz", "forward.json.gz"]
+    traces = [f"{direction}_{gib:g}_gib.json.gz" for direction in ("backward", "forward") for gib in (2**-10, 2**-9)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == traces
     forward, both = found["forward"], found["forward_and_backward"]
     assert both["chunks"] > forward["chunks"] > 1
     assert both["bytes_in"] > forward["bytes_in"] >= found["qkv_bytes"]
@@ -59,6 +60,9 @@ def test_the_benchmark_measures_at_a_small_size(tmp_path: Path, monkeypatch: pyt
         assert [branch["rows"] for branch in one["sampled"]["branches"]] == [30] * 3
         assert 0 < one["sampled"]["worst_error_over_bound"] <= 1
         assert one["sampled"]["worst_lse_error"] < 1e-3
+        (more,) = one["more_budgets"]
+        assert more["chunks"] < one["chunks"]
+        assert more["time_over_bound"] > 0
         assert one["time_over_bound"] == min(one["seconds"]) / max(one["compute_seconds"], one["transfer_seconds"])
     for name in ("out", "lse", "dq", "dk", "dv"):  # every row is compared
         assert 0 < both[f"{name}_difference_over_limit"] <= 1

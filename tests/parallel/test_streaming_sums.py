@@ -31,6 +31,21 @@ def test_shares_of_two_tiles_add_up_on_the_active_rows_of_the_segment():
     assert float(totals[0].sum()) == 2 * 33
 
 
+def test_segments_join_when_they_have_ended():
+    sums, totals = KeySums((1, 1), torch.float32), [torch.zeros(2, 40, 1, 1) for _ in range(2)]
+    for batch in (0, 1):
+        for begin, stop in ((0, 20), (20, 40)):
+            block = Block(0, begin, 5, 4, 0)
+            for place in sums.rows(Tile(0, batch, 0, (block,), (), (begin, stop)), BlockRun(block, 1, 0, 0)):
+                place += 1
+    ended = []
+    for before in ((0, 19), (0, 20), (1, 0), (1, 39), (1, 40)):
+        sums.join(totals, before)
+        ended.append(totals[0].sum((1, 2, 3)).tolist())
+    assert ended == [[0, 0], [5, 0], [10, 0], [10, 5], [10, 10]]
+    assert torch.equal(totals[0], totals[1])
+
+
 def test_blocks_that_advance_evenly_move_together():
     # Rows 13, 14, 15 of heads 0, 1, 2 in a segment that begins at 12; head 3 begins later, head 4 is shorter.
     rows = ((0, 13, 4), (1, 14, 4), (2, 15, 4), (3, 20, 4), (4, 17, 3))
@@ -62,11 +77,15 @@ def test_only_active_rows_of_cut_segments_are_summed_apart(monkeypatch, lengths,
     class Seen(KeySums):
         def __init__(self, *given):
             super().__init__(*given)
+            self.numbers = 0
             made.append(self)
 
-        def join(self, totals):
-            self.numbers = sum(one.numel() for pair in self._sums.values() for one in pair)
-            super().join(totals)
+        def rows(self, tile, run):
+            before = len(self._sums)
+            found = super().rows(tile, run)
+            if len(self._sums) > before:
+                self.numbers += sum(one.numel() for one in list(self._sums.values())[-1])
+            return found
 
     monkeypatch.setattr(streaming_attention, "KeySums", Seen)
     query, key, value = (torch.randn(1, 2048, 4, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))

@@ -7,6 +7,7 @@ the gradients of keys and values home in the accumulators' dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,7 +45,10 @@ class Job:
         return bool(self.rounds or self.own.blocks)
 
 
-def _exchanges(job: Job, key: Tensor, value: Tensor, mask: Tensor | None) -> Iterator[list[tuple[int, Pairing, Rows]]]:
+@contextmanager
+def _exchanges(
+    job: Job, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Iterator[Iterator[list[tuple[int, Pairing, Rows]]]]:
     """Rows of this rank's own other pieces as those of peer -1, then rounds of keys and values of the peers.
 
     The first round is under way as soon as this returns.
@@ -55,9 +59,7 @@ def _exchanges(job: Job, key: Tensor, value: Tensor, mask: Tensor | None) -> Ite
     def packed(pairing: Pairing) -> Tensor:
         return pack(pairing, key, value, mask)
 
-    started = Exchanges(job.lines, job.rounds, size, key.device, packed)
-
-    def items() -> Iterator[list[tuple[int, Pairing, Rows]]]:
+    def items(started: Exchanges[Pairing]) -> Iterator[list[tuple[int, Pairing, Rows]]]:
         if job.own.blocks:
             yield [(-1, job.own, unpack(packed(job.own), job.own, dim, value_dim))]
         for moved, received in started:
@@ -69,7 +71,8 @@ def _exchanges(job: Job, key: Tensor, value: Tensor, mask: Tensor | None) -> Ite
             yield found
             del found  # views of a buffer that goes back to the pool
 
-    return items()
+    with Exchanges(job.lines, job.rounds, size, key.device, packed) as started:
+        yield items(started)
 
 
 def _keep(job: Job, rectangle: Rectangle, seed: int | None, device: torch.device) -> Keep | None:
@@ -100,26 +103,26 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: int | None, job: Job
 ) -> tuple[Tensor, Tensor]:
     """(out, before it is rounded, lse): own pairs while the first rows travel, then rounds of rectangles."""
-    exchanges = _exchanges(job, key, value, mask)
-    out, lse = retrying(
-        lambda parts: choose(_backend(job, parts), job.problem).backend.forward(
-            query, key, value, job.problem, mask=mask, seed=seed
-        ),
-        job.lines.pool, job.lines.traffic,
-    )  # fmt: skip
-    total = out.to(accumulator_dtype(query.dtype)) if job.joins else out
-    for items in exchanges:
-        for _, pairing, rows in items:
-            for r in pairing.rectangles:
-                compute = partial(
-                    forward_in_parts, query=query_rows(query, r), key=key_rows(rows.key, r, key.shape[3]),
-                    value=key_rows(rows.value, r, value.shape[3]), scale=job.problem.options.scale,
-                    hidden=rows.hidden_keys(r), keep=_keep(job, r, seed, query.device),
-                )  # fmt: skip
-                part, part_lse = retrying(compute, job.lines.pool, job.lines.traffic)
-                del compute
-                merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
-        del items  # views of a buffer that goes back to the pool
+    with _exchanges(job, key, value, mask) as exchanges:
+        out, lse = retrying(
+            lambda parts: choose(_backend(job, parts), job.problem).backend.forward(
+                query, key, value, job.problem, mask=mask, seed=seed
+            ),
+            job.lines.pool, job.lines.traffic,
+        )  # fmt: skip
+        total = out.to(accumulator_dtype(query.dtype)) if job.joins else out
+        for items in exchanges:
+            for _, pairing, rows in items:
+                for r in pairing.rectangles:
+                    compute = partial(
+                        forward_in_parts, query=query_rows(query, r), key=key_rows(rows.key, r, key.shape[3]),
+                        value=key_rows(rows.value, r, value.shape[3]), scale=job.problem.options.scale,
+                        hidden=rows.hidden_keys(r), keep=_keep(job, r, seed, query.device),
+                    )  # fmt: skip
+                    part, part_lse = retrying(compute, job.lines.pool, job.lines.traffic)
+                    del compute
+                    merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
+            del items  # views of a buffer that goes back to the pool
     return total, lse
 
 
@@ -178,7 +181,6 @@ def _differentiate(
     job: Job,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV of all pairs, before they are rounded."""
-    exchanges = _exchanges(job, key, value, mask)
     acc, delta = accumulator_dtype(query.dtype), None
     if grad_lse is not None:
         delta = ((grad_out.to(acc) * out.to(acc)).sum(-1) - grad_lse).unsqueeze(-1)
@@ -189,24 +191,25 @@ def _differentiate(
             grad_out, grad_lse, query, key, value, out, lse, job.problem, mask=mask, seed=seed
         )  # fmt: skip
 
-    dq, dk, dv = retrying(own_gradients, job.lines.pool, job.lines.traffic)
-    if not job.joins:
-        return dq, dk, dv
-    dq, dk, dv = dq.to(acc), dk.to(acc), dv.to(acc)
-    gradients = partial(_rectangle_gradients, job, grad_out, delta, query, value, out, lse, dq, seed)
-    homeward = Homeward[Pairing](
-        job.lines, (key.shape[3] + value.shape[3]) * dk.element_size(), key.device,
-        lambda pairing, buffer: add_home(pairing, buffer.view(acc), dk, dv),
-    )  # fmt: skip
-    rounds = iter(job.rounds)
-    for items in exchanges:
-        back = {peer: gradients(pairing, rows) for peer, pairing, rows in items}
-        del items
-        if -1 in back:
-            add_home(job.own, back[-1], dk, dv)
-        else:
-            homeward.send(next(rounds), back)
-    homeward.arrive()
+    with _exchanges(job, key, value, mask) as exchanges:
+        dq, dk, dv = retrying(own_gradients, job.lines.pool, job.lines.traffic)
+        if not job.joins:
+            return dq, dk, dv
+        dq, dk, dv = dq.to(acc), dk.to(acc), dv.to(acc)
+        gradients = partial(_rectangle_gradients, job, grad_out, delta, query, value, out, lse, dq, seed)
+        rounds = iter(job.rounds)
+        with Homeward[Pairing](
+            job.lines, (key.shape[3] + value.shape[3]) * dk.element_size(), key.device,
+            lambda pairing, buffer: add_home(pairing, buffer.view(acc), dk, dv),
+        ) as homeward:  # fmt: skip
+            for items in exchanges:
+                back = {peer: gradients(pairing, rows) for peer, pairing, rows in items}
+                del items
+                if -1 in back:
+                    add_home(job.own, back[-1], dk, dv)
+                else:
+                    homeward.send(next(rounds), back)
+            homeward.arrive()
     return dq, dk, dv
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from ..memory import Lease, MemoryPool
 from .errors import is_out_of_memory
 from .watch import Watch, watch_of
+
+_GRACE = 1.0
+"""Seconds that an exchange which nobody wants any more gets to end."""
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Pending:
     operation: Operation | None
     sent: Tensor | None
     """Must live until the exchange is over."""
-    lease: Lease
+    lease: Lease | None
 
     def wait(self) -> dict[int, Tensor]:
         """Block until all has arrived (on a GPU: until the stream may use it).
@@ -48,7 +52,18 @@ class Pending:
     def release(self) -> None:
         """Return the receive buffer; what `wait` gave must not be used after."""
         self.received = {}
-        self.lease.release()
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+    def drop(self) -> None:
+        """After an error: return the buffer, if it is not returned, once nothing is written into it any more.
+
+        Where the exchange does not end (a rank failed), the buffer stays on loan: who got it next would find rows that
+        arrive late.
+        """
+        if self.operation is None or self.operation.over(within=_GRACE):
+            self.release()
 
 
 def exchange(
@@ -75,9 +90,13 @@ def exchange(
     send = single[0] if len(single) == 1 else torch.cat(parts)
     lease = _acquire(pool, sum(splits), device, traffic)
     receive = lease.tensor
-    operation = Operation(
-        group, device, lambda: dist.all_to_all_single(receive, send, splits, sent, group=group, async_op=True)
-    )
+    try:
+        operation = Operation(
+            group, device, lambda: dist.all_to_all_single(receive, send, splits, sent, group=group, async_op=True)
+        )
+    except BaseException:  # it has not begun
+        lease.release()
+        raise
     traffic.bytes_sent += sum(sent)
     traffic.messages_sent += len(single)
     received = dict(zip(range(world), receive.split(splits), strict=True))
@@ -126,6 +145,16 @@ class Operation:
         work = watch.launch(lambda: dist.all_gather(marks, mine, group=group, async_op=True), self.number)
         watch.wait(work, self.number, self.device)
         watch.compare([mark.tolist() for mark in marks])
+
+    def over(self, *, within: float) -> bool:
+        """Whether it ends within so many seconds; it does not when a rank has failed."""
+        end = time.monotonic() + within
+        while not self.work.is_completed():
+            failed = self.watch is not None and self.watch.heartbeat.verdict is not None
+            if failed or time.monotonic() > end:
+                return False
+            time.sleep(0.001)
+        return True
 
     def wait(self) -> None:
         """Wait until it is over (on a GPU: make the stream wait).

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,7 @@ class Exchanges(Generic[S]):
         self, lines: Lines, rounds: tuple[Round[S], ...], size: int, device: torch.device, pack: Callable[[S], Tensor]
     ) -> None:
         self.lines, self.rounds, self.size, self.device, self.pack = lines, rounds, size, device, pack
+        self.arrived: Pending | None = None
         self.pending = self._start(0)
 
     def _start(self, number: int) -> Pending | None:
@@ -66,41 +68,59 @@ class Exchanges(Generic[S]):
     def __iter__(self) -> Iterator[tuple[Round[S], dict[int, Tensor]]]:
         """Each round and the bytes of each peer; these are valid until the next one is asked for."""
         for number, moved in enumerate(self.rounds):
-            arrived = self.pending
-            assert arrived is not None
-            received = arrived.wait()
+            self.arrived, self.pending = self.pending, None
+            assert self.arrived is not None
+            received = self.arrived.wait()
             self.pending = self._start(number + 1)
             yield moved, received
             del received
-            arrived.release()
+            self.arrived.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave no buffer on loan, also after an error."""
+        for pending in (self.arrived, self.pending):
+            if pending is not None:
+                pending.drop()
 
 
 class Homeward(Generic[S]):
-    """Gradients of rows that were sent away, on their way back; one round is under way at a time.
+    """Gradients of rows that were sent away, on their way back; one round is under way while the next is computed.
 
     ``size`` is bytes of one row; ``add`` adds the bytes of a shipment's gradients to where they belong.
     """
 
     def __init__(self, lines: Lines, size: int, device: torch.device, add: Callable[[S, Tensor], None]) -> None:
         self.lines, self.size, self.device, self.add = lines, size, device, add
-        self.underway: tuple[Pending, Round[S]] | None = None
+        self.underway = deque[tuple[Pending, Round[S]]]()
 
     def send(self, moved: Round[S], back: dict[int, Tensor]) -> None:
         """Send gradients of what came in a round to where it came from."""
         lines = self.lines
         expected = {peer: shipment.rows * self.size for peer, shipment in moved.outgoing.items()}
         started = exchange(lines.group, back, expected, self.device, lines.traffic, lines.pool)
-        self.arrive()
-        self.underway = started, moved
+        self.underway.append((started, moved))
+        if len(self.underway) > 1:
+            self.arrive()
 
     def arrive(self) -> None:
-        """Wait for the round that is under way, and add what it brings."""
-        if self.underway is None:
+        """Wait for the round that has been under way for longest, if one is, and add what it brings."""
+        if not self.underway:
             return
-        pending, moved = self.underway
-        self.underway = None
+        pending, moved = self.underway[0]
         received = pending.wait()
         for peer, shipment in moved.outgoing.items():
             self.add(shipment, received[peer])
         del received
         pending.release()
+        self.underway.popleft()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave no buffer on loan, also after an error."""
+        for pending, _ in self.underway:
+            pending.drop()

@@ -8,6 +8,7 @@ sends the gradients of keys and values home in their dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,9 +66,10 @@ def _widths(key: Tensor, value: Tensor, flat: Flat) -> tuple[int, int, int]:
     return heads, heads * key.shape[3], heads * value.shape[3]
 
 
+@contextmanager
 def _rounds(
     job: SparseJob, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Iterator[tuple[Round[Shipped], SparseProblem | None, _Keys]]:
+) -> Iterator[Iterator[tuple[Round[Shipped], SparseProblem | None, _Keys]]]:
     """Blocks of the peers, round by round; the first round is under way as soon as this returns."""
     heads, wide, value_wide = _widths(key, value, job.flat)
     tensors, widths = [key, value], [wide, value_wide]
@@ -76,9 +78,6 @@ def _rounds(
         tensors.append(mask[:, :, None].to(key.dtype).expand(-1, -1, columns))
         widths.append(1)
     size = sum(widths) * key.element_size()
-    started = Exchanges(
-        job.lines, job.rounds, size, key.device, lambda shipped: pack(shipped, job.flat, *tensors)
-    )  # fmt: skip
 
     def unpacked(moved: Round[Shipped], received: dict[int, Tensor]) -> _Keys:
         parts: list[list[Tensor]] = [[] for _ in widths]
@@ -90,7 +89,7 @@ def _rounds(
         hidden = joined[2].view(1, -1) != 0 if mask is not None else None
         return _Keys(joined[0].view(1, -1, heads, key.shape[3]), joined[1].view(1, -1, heads, value.shape[3]), hidden)
 
-    def items() -> Iterator[tuple[Round[Shipped], SparseProblem | None, _Keys]]:
+    def items(started: Exchanges[Shipped]) -> Iterator[tuple[Round[Shipped], SparseProblem | None, _Keys]]:
         nothing = _Keys(key[:0], value[:0], None)
         for (moved, received), problem in zip(started, job.problems, strict=True):
             found = (moved, problem, unpacked(moved, received) if problem is not None else nothing)
@@ -98,7 +97,10 @@ def _rounds(
             yield found
             del found  # views of a buffer that goes back to the pool
 
-    return items()
+    with Exchanges(
+        job.lines, job.rounds, size, key.device, lambda shipped: pack(shipped, job.flat, *tensors)
+    ) as started:  # fmt: skip
+        yield items(started)
 
 
 def _own(job: SparseJob, key: Tensor, value: Tensor, mask: Tensor | None) -> _Keys:
@@ -128,14 +130,15 @@ class ShardedSparseAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """All pairs of this rank's rows."""
         key, value = without_masked(mask, key, value)
-        flat, rounds = job.flat.of(query), _rounds(job, key, value, mask)
-        total, lse = _forward(job, job.own, flat, _own(job, key, value, mask))
-        if job.rounds:
-            total = total.to(accumulator_dtype(query.dtype))
-        for _, problem, keys in rounds:
-            if problem is not None:
-                merge_(total, lse, *_forward(job, problem, flat, keys))
-            del keys
+        flat = job.flat.of(query)
+        with _rounds(job, key, value, mask) as rounds:
+            total, lse = _forward(job, job.own, flat, _own(job, key, value, mask))
+            if job.rounds:
+                total = total.to(accumulator_dtype(query.dtype))
+            for _, problem, keys in rounds:
+                if problem is not None:
+                    merge_(total, lse, *_forward(job, problem, flat, keys))
+                del keys
         out, lse = (job.flat.back(t).contiguous() for t in (total.to(query.dtype), lse.unsqueeze(-1)))
         lse = lse.squeeze(-1)
         ctx.save_for_backward(query, key, value, mask, out, lse)
@@ -150,7 +153,6 @@ class ShardedSparseAttention(torch.autograd.Function):
         job: SparseJob = ctx.job
         grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
         grad_out, grad_lse = without_empty_rows(grad_out, grads[1], lse)
-        rounds = _rounds(job, key, value, mask)
         flat, acc = job.flat, accumulator_dtype(query.dtype)
         q, o, do = (flat.of(t) for t in (query, out, grad_out))
         final, d_lse = (None if t is None else flat.of(t.unsqueeze(-1))[..., 0] for t in (lse, grad_lse))
@@ -165,10 +167,6 @@ class ShardedSparseAttention(torch.autograd.Function):
 
             return retrying(compute, job.lines.pool, job.lines.traffic)
 
-        dq, own_dk, own_dv = differentiate(job.own, _own(job, key, value, mask))
-        dk, dv = (flat.back(t).contiguous() for t in (own_dk, own_dv))
-        if job.rounds:
-            dq, dk, dv = dq.to(acc), dk.to(acc), dv.to(acc)
         _, wide, value_wide = _widths(key, value, flat)
 
         def add(shipped: Shipped, received: Tensor) -> None:
@@ -176,16 +174,24 @@ class ShardedSparseAttention(torch.autograd.Function):
             for total, part in zip((dk, dv), parts, strict=True):
                 _add(shipped, flat, total, part)
 
-        homeward = Homeward[Shipped](job.lines, (wide + value_wide) * key.element_size(), key.device, add)
-        for moved, problem, keys in rounds:
-            back: dict[int, Tensor] = {}
-            if problem is not None:
-                part_dq, *found = differentiate(problem, keys)
-                dq += part_dq
-                lengths = [shipped.rows for shipped in moved.incoming.values()]
-                cut = [t[0].split(lengths) for t in found]
-                back = {peer: torch.cat([t[i].reshape(-1) for t in cut]) for i, peer in enumerate(moved.incoming)}
-            del keys
-            homeward.send(moved, back)
-        homeward.arrive()
+        size = (wide + value_wide) * key.element_size()
+        with (
+            _rounds(job, key, value, mask) as rounds,
+            Homeward[Shipped](job.lines, size, key.device, add) as homeward,
+        ):
+            dq, own_dk, own_dv = differentiate(job.own, _own(job, key, value, mask))
+            dk, dv = (flat.back(t).contiguous() for t in (own_dk, own_dv))
+            if job.rounds:
+                dq, dk, dv = dq.to(acc), dk.to(acc), dv.to(acc)
+            for moved, problem, keys in rounds:
+                back: dict[int, Tensor] = {}
+                if problem is not None:
+                    part_dq, *found = differentiate(problem, keys)
+                    dq += part_dq
+                    lengths = [shipped.rows for shipped in moved.incoming.values()]
+                    cut = [t[0].split(lengths) for t in found]
+                    back = {peer: torch.cat([t[i].reshape(-1) for t in cut]) for i, peer in enumerate(moved.incoming)}
+                del keys
+                homeward.send(moved, back)
+            homeward.arrive()
         return flat.back(dq).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None

@@ -60,18 +60,19 @@ def _completed(
         moved = Round(*({r: s for r, s in found.items() if s.rows} for found in (outgoing, incoming)))
         widths = [tensor.shape[2] * tensor.shape[3] for tensor in tensors]
         size, one = sum(widths) * tensors[0].element_size(), Flat(batch, own_rows, 1)
-        rounds = Exchanges(lines, (moved,), size, tensors[0].device, lambda s: pack(s, one, *tensors))
         before = batch * own_rows
-        for _, received in rounds:
-            for peer, shipment in moved.incoming.items():
-                parts = received[peer].view(tensors[0].dtype).split([shipment.rows * width for width in widths])
-                flat = [
-                    torch.cat([found, part.view(-1, *found.shape[1:])]) for found, part in zip(flat, parts, strict=True)
-                ]  # fmt: skip
-                place.append(shipment.start + before)
-                have.append(fragments.take(shipment.fragment))
-                before += shipment.rows
-            del received
+        with Exchanges(lines, (moved,), size, tensors[0].device, lambda s: pack(s, one, *tensors)) as rounds:
+            for _, received in rounds:
+                for peer, shipment in moved.incoming.items():
+                    parts = received[peer].view(tensors[0].dtype).split([shipment.rows * width for width in widths])
+                    flat = [
+                        torch.cat([found, part.view(-1, *found.shape[1:])])
+                        for found, part in zip(flat, parts, strict=True)
+                    ]
+                    place.append(shipment.start + before)
+                    have.append(fragments.take(shipment.fragment))
+                    before += shipment.rows
+                del received
     every = Fragments(*(torch.cat([getattr(one, name) for one in have]) for name in own.__dataclass_fields__))
     joined = Fragments(every.tile, every.rank, every.batch, torch.cat(place), every.position, every.rows)
     return [tensor.unsqueeze(0) for tensor in flat], joined
@@ -141,12 +142,13 @@ def select_over_ranks(
     peers = [r for r in range(world) if r != rank]
     moved = Round({r: travelling(rank, r) for r in peers}, {r: travelling(r, rank) for r in peers})
     width = summaries.shape[0] * summaries.shape[2] * summaries.shape[3] + 1
-    for _, received in Exchanges(lines, (moved,), width * known.element_size(), key.device, packed):
-        for peer, some in moved.incoming.items():
-            part = received[peer].view(acc).view(-1, width)
-            known[:, some.index] = part[:, :-1].unflatten(1, (known.shape[0], *known.shape[2:])).transpose(0, 1)
-            filled[some.index] = part[:, -1] != 0
-        del received
+    with Exchanges(lines, (moved,), width * known.element_size(), key.device, packed) as rounds:
+        for _, received in rounds:
+            for peer, some in moved.incoming.items():
+                part = received[peer].view(acc).view(-1, width)
+                known[:, some.index] = part[:, :-1].unflatten(1, (known.shape[0], *known.shape[2:])).transpose(0, 1)
+                filled[some.index] = part[:, -1] != 0
+            del received
     selection = torch.full(
         (query.shape[0], query.shape[2], query.shape[1], content.keep), -1, dtype=torch.int32, device=query.device
     )  # fmt: skip
@@ -169,12 +171,13 @@ def ask_ranks(lines: Lines, rank: int, world: int, mine: Listed) -> dict[int, Te
     # A shipment to a peer is marks of the peer's fragments; one from a peer, marks of this rank's.
     moved = Round({r: _Some(held[r]) for r in peers}, {r: _Some(held[rank]) for r in peers})
     found = {}
-    for _, received in Exchanges(
+    with Exchanges(
         lines, (moved,), mine.owners, mine.key.device, lambda some: mine.wanted[:, some.index].to(torch.uint8).view(-1)
-    ):
-        for peer in peers:
-            theirs = torch.zeros_like(mine.wanted)
-            theirs[:, held[rank]] = received[peer].view(mine.owners, -1) != 0
-            found[peer] = theirs
-        del received
+    ) as rounds:
+        for _, received in rounds:
+            for peer in peers:
+                theirs = torch.zeros_like(mine.wanted)
+                theirs[:, held[rank]] = received[peer].view(mine.owners, -1) != 0
+                found[peer] = theirs
+            del received
     return found

@@ -9,6 +9,7 @@ what chunks have for keys of other chunks adds up in host memory (`KeySums`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,13 +47,13 @@ def stream_forward(
             out, lse = chosen.forward(q, k, v, own, mask=hidden[0] if hidden else None, seed=job.seed)
             run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
             run.bundles.ahead()
-            finish()
             total: Tensor | None = None
             for bundle in run.bundles_of(index):
                 if total is None:
                     total = out.to(acc)
                     out = total
                 _join(run, bundle, q, total, lse)
+            finish()  # the host waits when the device has work
             copies = [Copy(run.host(out_host, chunk, key=False), out.to(query.dtype))]
             copies.append(Copy(run.host(lse_host, chunk, key=False), lse))
             del out, total, lse, q, k, v, hidden
@@ -111,14 +112,15 @@ def stream_backward(
             grads = list(side.own(run.own(chunk, masked=side.hidden is not None), job.backend))
             run.chunks.ahead()  # its copy takes longest: it begins before the host gathers rows
             run.bundles.ahead()
-            finish()
-            finish = _nothing
+            shares: Callable[[], None] | None = None
             for bundle in run.bundles_of(index):
                 grads[0] = grads[0].to(acc)
                 copies = side.bundle(bundle, grads[0], sums if add else others)
-                finish()
-                finish = run.mover.download(copies)
+                finish() if shares is None else shares()  # the host waits when the device has work
+                shares = run.mover.download(copies)
                 del copies
+            if shares is None:
+                finish()
             grads[0] = grads[0].to(sums[0].dtype)
             copies = [
                 Copy(run.host(total, chunk, key=i > 0), grad, add=add)
@@ -126,7 +128,9 @@ def stream_backward(
             ]
             del side, grads
             run.chunks.done(loaded)
-            finish = _both(finish, run.mover.download(copies))  # the next chunk starts before the host waits
+            end = chunk.batch + chunk.batches - 1, chunk.row + chunk.rows
+            join = partial(others.join, sums[1:], end)  # of segments that no later chunk has a share in
+            finish = _in_turn(shares or _nothing, run.mover.download(copies), join)  # while the next chunk is computed
             del copies
         finish()
     job.after()
@@ -134,10 +138,10 @@ def stream_backward(
     return sums
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+def _in_turn(*functions: Callable[[], None]) -> Callable[[], None]:
     def finish() -> None:
-        first()
-        second()
+        for function in functions:
+            function()
 
     return finish
 

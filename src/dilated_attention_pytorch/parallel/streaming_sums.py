@@ -7,13 +7,13 @@ accumulators' dtype, and join the chunks' own once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .streaming_plan import BlockRun, Tile
+from .streaming_plan import Block, BlockRun, Tile, rows_of_run
 
 
 class _Place(NamedTuple):
@@ -32,6 +32,14 @@ class _Place(NamedTuple):
     def rows(self, block: int) -> int:
         """Active rows of a head."""
         return -(-(self.stop - self.row - block * self.row_step) // self.rate)
+
+    def runs(self) -> Iterator[tuple[range, int]]:
+        """Blocks of as many rows, and how many these are."""
+        first = 0
+        for block in range(1, self.blocks + 1):
+            if block == self.blocks or self.rows(block) != self.rows(first):
+                yield range(first, block), self.rows(first)
+                first = block
 
 
 class KeySums:
@@ -63,11 +71,18 @@ class KeySums:
         count = first.rows if first.shown is None else int(first.shown[-1]) + 1
         return [one[0, before : before + count] for one in found]
 
-    def join(self, totals: Sequence[Tensor]) -> None:
-        """Add all to the gradients (B, N, G, dim) of key and value."""
-        for place, sums in self._sums.items():
-            for total, one in zip(totals, sums, strict=True):
-                for block in range(place.blocks):
-                    row, head = place.row + block * place.row_step, place.kv_head + block * place.head_step
-                    total[place.batch, row : place.stop : place.rate, head].add_(one[block, : place.rows(block)])
-        self._sums.clear()
+    def join(self, totals: Sequence[Tensor], before: tuple[int, int] | None = None) -> None:
+        """Add sums to the gradients (B, N, G, dim) of key and value, and forget them.
+
+        All, or those of segments that end in an earlier batch row than ``before`` says, or at its row at the latest:
+        then the host adds them while the device computes what follows.
+        """
+        done = [place for place in self._sums if before is None or (place.batch, place.stop) <= before]
+        for place in done:
+            for total, one in zip(totals, self._sums.pop(place), strict=True):
+                for blocks, rows in place.runs():
+                    first = blocks.start
+                    row, head = place.row + first * place.row_step, place.kv_head + first * place.head_step
+                    run = BlockRun(Block(head, row, rows, place.rate, 0), len(blocks), place.head_step, place.row_step)
+                    shares = one[first : blocks.stop, :rows]
+                    rows_of_run(total, place.batch, run).add_(shares if run.blocks > 1 else shares[0])

@@ -144,16 +144,16 @@ class HeadExchange:
             {peer: sum(sizes[peer]) for peer in peers},
             like[0].device, self.traffic, self.pool,
         )  # fmt: skip
-        received = pending.wait()
-        received[self.rank] = packed[self.rank]
-        found = []
-        for peer in range(len(packed)):
-            # A copy lies where its dtype needs it, and outlives the buffer.
-            parts = zip(received[peer].split(sizes[peer]), shapes[peer], like, strict=True)
-            found.append([part.clone().view(t.dtype).view(shape) for part, shape, t in parts])
-        del received
-        pending.release()
-        return found
+        try:
+            received = pending.wait() | {self.rank: packed[self.rank]}
+            found = []
+            for peer in range(len(packed)):
+                # A copy lies where its dtype needs it, and outlives the buffer.
+                parts = zip(received[peer].split(sizes[peer]), shapes[peer], like, strict=True)
+                found.append([part.clone().view(t.dtype).view(shape) for part, shape, t in parts])
+            return found
+        finally:
+            pending.drop()
 
     def queries(self) -> list[tuple[int, int]]:
         """First and last + 1 query head of every rank."""
