@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from multiprocessing.connection import Client
@@ -22,13 +23,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_attention_pytorch import (
     BlockList,
     HilbertOrdering,
+    LocalWindow,
     LongNetLM,
     LongNetLMConfig,
     dilated_attention_with_lse,
     explain,
     sparse_attention_with_lse,
 )
-from dilated_attention_pytorch.parallel import ContextParallel, context
+from dilated_attention_pytorch.parallel import ContextParallel, attention, context, retry, sparse_attention
+from dilated_attention_pytorch.parallel.watch import watch_of
 from dilated_attention_pytorch.sparse_testing import SparseCase
 from dilated_attention_pytorch.testing import Case
 
@@ -151,6 +154,81 @@ def repeat(mesh: DeviceMesh, case: Case, strategy: str) -> dict[str, object]:
     }
 
 
+def captured(mesh: DeviceMesh) -> str:
+    """What attention says while a CUDA graph is being captured; on all ranks, and afterwards it works."""
+    parallel = ContextParallel(mesh, strategy="ring")
+    rows = parallel.shard(torch.randn(1, 40, 2, 8), 1)
+    with (
+        mock.patch.object(watch_of(parallel.group), "on_gpu", True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        ignored_reports(parallel),
+    ):
+        try:
+            dilated_attention_with_lse(rows, rows, rows, [64], [1], parallel=parallel)
+            answer = "nothing"
+        except RuntimeError as error:
+            answer = str(error).partition(",")[0]
+    dilated_attention_with_lse(rows, rows, rows, [64], [1], parallel=parallel)
+    return answer
+
+
+def ignored_reports(parallel: ContextParallel) -> AbstractContextManager[object]:
+    """An error that all ranks meet is not reported to the others, which would end the pool."""
+    return mock.patch.object(parallel.peers, "reporting", nullcontext)
+
+
+def broken(mesh: DeviceMesh, strategy: str, phase: str) -> dict[str, object]:
+    """Buffers on loan after an error on all ranks between two exchanges; then the same attention, and its error."""
+    sparse = strategy == "sparse"
+    case = Case(seed=1, key_rows=70, segment_lengths=(16, 70), dilation_rates=(1, 2), kv_heads=3, dtype=torch.float64)
+    parallel, pattern = make(mesh, "gather" if sparse else strategy, "contiguous"), LocalWindow(48, block_size=16)
+    given, grad = case.tensors()[:3], case.tensors()[3]
+
+    def attend(*tensors: torch.Tensor, **where: object) -> torch.Tensor:
+        if sparse:
+            return sparse_attention_with_lse(*tensors, pattern, **where).out
+        return dilated_attention_with_lse(*tensors, **case.options(), **where).out
+
+    def step() -> list[torch.Tensor]:
+        leaves = [parallel.shard(t, 1).requires_grad_() for t in given]
+        out = attend(*leaves, parallel=parallel)
+        return [out.detach(), *torch.autograd.grad(out, leaves, parallel.shard(grad, 1))]
+
+    # While the first rows travel; with rows of the first round at hand; with what comes home at hand.
+    place, name, wanted = {
+        "sparse": (sparse_attention, "retrying", 1 if phase == "forward" else 3),
+        "ulysses": (torch.Tensor, "clone", 1 if phase == "forward" else 12),
+    }.get(strategy, (retry, "dense_forward", 1) if phase == "forward" else (attention, "add_home", 1))
+    calls, real = [], getattr(place, name)
+
+    def failing(*arguments: object, **options: object) -> object:
+        calls.append(name)
+        if len(calls) == wanted:
+            raise ValueError("on purpose")
+        return real(*arguments, **options)
+
+    raised = False
+    with mock.patch.object(place, name, failing), ignored_reports(parallel):
+        try:
+            step()
+        except ValueError as error:
+            raised = str(error) == "on purpose"
+    leased = parallel.pool.stats().leased
+    found = step()
+    leaves = [t.detach().requires_grad_() for t in given]
+    out = attend(*leaves)
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    errors = [float((a - parallel.shard(b, 1)).abs().max()) for a, b in zip(found, expected, strict=True)]
+    stats = parallel.pool.stats()
+    return {
+        "raised": raised,
+        "leased": leased,
+        "requests": stats.requests,
+        "error": max(errors),
+        "leased_after": stats.leased,
+    }
+
+
 def under_ordering(mesh: DeviceMesh, shape: tuple[int, int], strategy: str, layout: str) -> dict[str, object]:
     """Errors of attention under an ordering of the whole sequence, which is then sharded, beside one device's."""
     torch.manual_seed(0)
@@ -177,6 +255,8 @@ TASKS = {
     "attend_sparse": attend_sparse,
     "train": train,
     "under_ordering": under_ordering,
+    "captured": captured,
+    "broken": broken,
     **{f"model {name}": partial(run_model, task) for name, task in model_tasks.TASKS.items()},
 }
 

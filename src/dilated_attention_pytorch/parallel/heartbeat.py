@@ -223,7 +223,10 @@ class Heartbeat:
     def _behind(self, name: str, group: Group, now: float) -> tuple[int, str] | None:
         """The rank that has begun fewest exchanges, if one in which this rank waits is among those that it has not."""
         with self.lock:
-            waiting = [(k, since) for k, (since, over) in group.waiting.items() if not over()]
+            # What is over is not asked for again: on a GPU that is a query, which breaks the capture of a CUDA graph.
+            for k in [k for k, (_, over) in group.waiting.items() if _is_over(over)]:
+                del group.waiting[k]
+            waiting = [(k, since) for k, (since, _) in group.waiting.items()]
         if not waiting:
             return None
         number, since = min(waiting)
@@ -250,7 +253,10 @@ class Heartbeat:
         return None if found is None else (found[0], f"it skipped a step: {found[1]}")
 
     def _decide(self, rank: int, reason: str) -> None:
-        self.verdict = rank, reason
+        with self.lock:  # this thread, or the one that computes, was the first to know
+            if self.verdict is not None:
+                return
+            self.verdict = rank, reason
         for call in self.on_failure:
             call()
 
@@ -270,10 +276,18 @@ class Heartbeat:
         self.close()
         # gloo's threads wait for what a stopped peer never sends, and the interpreter would wait for them.
         unfinished = [over for group in self.groups.values() for _, over in group.waiting.values()]
-        if not all(over() for over in unfinished):
+        if not all(map(_is_over, unfinished)):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+
+
+def _is_over(over: Callable[[], bool]) -> bool:
+    """Whether an exchange is over; one that failed is not, and whoever waits for it meets the error."""
+    try:
+        return over()
+    except RuntimeError:  # an earlier error on the device, say: no failure of the store
+        return False
 
 
 _current: list[Heartbeat] = []

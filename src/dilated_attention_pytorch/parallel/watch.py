@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,9 +39,10 @@ class Watch:
         """The step that was declared."""
         self.heartbeat: Heartbeat = heartbeat()
         self._group = self.heartbeat.watch(name, ranks, timeout)
-        if group is not None and torch.cuda.is_available() and "nccl" in str(dist.get_backend(group)):
+        self.on_gpu = group is not None and torch.cuda.is_available() and "nccl" in str(dist.get_backend(group))
+        if group is not None and self.on_gpu:
             # Nobody can poll a kernel of NCCL that waits for a dead peer; aborting the communicator ends it.
-            self.heartbeat.on_failure.append(lambda: abort(group))
+            self.heartbeat.on_failure.append(partial(abort, group))
 
     def set_timeout(self, timeout: float) -> None:
         """Change the timeout."""
@@ -52,8 +55,14 @@ class Watch:
 
         Raises:
             PeerFailed: somebody has failed.
+            RuntimeError: a CUDA graph is being captured: its replays would go on without anybody watching.
         """
         self.check()
+        if self.on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and ranks that exchange rows in one cannot be watched; call attention "
+                "with parallel= outside of the graph"
+            )
         # Recomputation of a checkpointed block runs within the backward pass, on every rank.
         phase = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
         with self.heartbeat.lock:
@@ -168,9 +177,19 @@ def watch_ranks(name: str, ranks: tuple[int, ...], timeout: float, group: dist.P
     return found
 
 
-def abort(group: dist.ProcessGroup) -> None:
-    """End NCCL's kernels of a group that wait for a peer; what they were to receive is undefined from here on."""
-    try:
-        group.abort()
-    except (RuntimeError, AttributeError) as error:
-        print(f"cannot abort NCCL's communicator: {error}", file=sys.stderr)
+def abort(group: dist.ProcessGroup) -> threading.Thread:
+    """End NCCL's kernels of a group that wait for a peer; what they were to receive is undefined from here on.
+
+    In a thread of its own: aborting a communicator waits for the kernels of others on the device, which end when these
+    are aborted, too (github.com/NVIDIA/nccl/issues/1013), and the heart has to go on beating.
+    """
+
+    def end() -> None:
+        try:
+            group.abort()
+        except RuntimeError as error:
+            print(f"cannot abort NCCL's communicator of {group.group_name}: {error}", file=sys.stderr)
+
+    thread = threading.Thread(target=end, name="dilated-attention-abort", daemon=True)
+    thread.start()
+    return thread
