@@ -284,6 +284,14 @@ def _streaming(results: Mapping[str, Any]) -> Iterator[Chart]:
     yield Bars(f"{results['rows']:,} rows through one device, and the bounds of it", "seconds", times)
 
 
+def _longest(results: Mapping[str, Any]) -> Iterator[Chart]:
+    what = f"{results['tokens']:,} tokens, {results['heads']} heads of {results['head_dim']}, on one device"
+    yield Bars(what, "seconds", {"forward": {"best": min(results["seconds"]), "first": results["first_seconds"]}})
+    if results["peak_bytes"]:
+        memory = {"inputs and results": results["tensor_bytes"] / 2**30, "peak": results["peak_bytes"] / 2**30}
+        yield Bars("its memory", "GiB", {"device": memory})
+
+
 def _language(results: Mapping[str, Any]) -> Iterator[Chart]:
     means, errors = {}, {}
     for name in results["variants"]:
@@ -351,5 +359,6 @@ _KNOWN: dict[str, Callable[[Any], Iterator[Chart]]] = {
     "parallel": _parallel,
     "sparse": _sparse,
     "sparse_needle": _sparse_needle,
+    "longest": _longest,
     "streaming": _streaming,
 }

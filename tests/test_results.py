@@ -123,6 +123,10 @@ def test_needles_generation_streaming_and_models(plots):
     forward = {"seconds": [3.0, 2.0], "compute_seconds": 1.0, "transfer_seconds": 0.5}
     (chart,) = plots.charts_of(record("streaming", {"rows": 10, "forward": forward}))
     assert chart.values == {"forward": {"streamed, best": 2.0, "compute": 1.0, "transfer": 0.5}}
+    longest = {"tokens": 64, "heads": 1, "head_dim": 8, "seconds": [3.0, 2.0], "first_seconds": 9.0}
+    seconds, memory = plots.charts_of(record("longest", longest | {"tensor_bytes": 2**30, "peak_bytes": 2**31}))
+    assert seconds.values == {"forward": {"best": 2.0, "first": 9.0}}
+    assert memory.values == {"device": {"inputs and results": 1.0, "peak": 2.0}}
     runs = [{"variant": "dense-8", "bits_second_half": bits} for bits in (1.0, 2.0)]
     (chart,) = plots.charts_of(record("language", {"variants": {"dense-8": {}, "longnet-8": {}}, "runs": runs}))
     assert chart.values == {"dense-8": {"bits": 1.5}}

@@ -83,3 +83,28 @@ def test_the_benchmark_measures_at_a_small_size(tmp_path: Path, monkeypatch: pyt
     assert benchmark.check_rows(*tensors, *wrong, pattern, 5)["worst_error_over_bound"] > 2
     with pytest.raises(SystemExit, match="give more --rows"):
         benchmark.measure(argparse.Namespace(**{**vars(given), "budget_gib": 1.0}))
+
+
+def test_the_longest_sequence_at_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = load("benchmarks/longest.py")
+    assert benchmark.pattern_of(2**28).segment_lengths[-1] == 2**29
+    given = argparse.Namespace(
+        device="cpu", log2_tokens=13, heads=2, head_dim=16, backend="auto", repeats=1, sampled=20
+    )  # fmt: skip
+    found = benchmark.measure(given)
+    assert (found["tokens"], found["segment_lengths"], found["dilation_rates"]) == (8192, [2048, 16384], [1, 8])
+    first, last = found["sampled"]["branches"]
+    assert (first["rows"], first["tails"], first["of_segments"]) == (20, 2, 4)
+    assert (last["rows"], last["tails"], last["of_segments"]) == (20, 2, 1)
+    assert found["sampled"]["pairs"] >= 40 * 1024
+    assert 0 < found["sampled"]["worst_error_over_bound"] <= 1
+    real = benchmark.dilated_attention_with_lse  # the check can fail
+
+    def wrong(*tensors: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = real(*tensors, **options)
+        out[0, -1] += 1  # the last row alone, which is active in the first branch
+        return out, lse
+
+    monkeypatch.setattr(benchmark, "dilated_attention_with_lse", wrong)
+    assert benchmark.measure(given)["sampled"]["worst_error_over_bound"] > 1
