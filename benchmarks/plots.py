@@ -284,6 +284,15 @@ def _streaming(results: Mapping[str, Any]) -> Iterator[Chart]:
     yield Bars(f"{results['rows']:,} rows through one device, and the bounds of it", "seconds", times)
 
 
+def _parallel_model(results: Mapping[str, Any]) -> Iterator[Chart]:
+    values = {
+        f"{case}, {strategy}": {"measured": one["measured_ms"], "predicted": one["predicted_ms"]}
+        for case, strategies in results["points"].items()
+        for strategy, one in strategies.items()
+    }
+    yield Bars(f"{results['ranks']} ranks, forward and backward, and the model of it", "milliseconds", values)
+
+
 def _longest(results: Mapping[str, Any]) -> Iterator[Chart]:
     what = f"{results['tokens']:,} tokens, {results['heads']} heads of {results['head_dim']}, on one device"
     yield Bars(what, "seconds", {"forward": {"best": min(results["seconds"]), "first": results["first_seconds"]}})
@@ -357,6 +366,7 @@ _KNOWN: dict[str, Callable[[Any], Iterator[Chart]]] = {
     "slide_encoder": _slide_encoder,
     "ordering": _ordering,
     "parallel": _parallel,
+    "parallel_model": _parallel_model,
     "sparse": _sparse,
     "sparse_needle": _sparse_needle,
     "longest": _longest,

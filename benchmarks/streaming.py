@@ -183,6 +183,7 @@ def run_budget(
         before = torch.cuda.memory_allocated(device)
     times = seconds(run, device, given.repeats)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    print(f"{budget:,} bytes{', backward' if backward else ''}: {times} s, peak {peak} bytes", flush=True)
     counts = {
         name: getattr(streaming.moved, name) // len(times) for name in ("chunks", "tiles", "bytes_in", "bytes_out")
     }

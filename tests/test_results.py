@@ -139,6 +139,12 @@ def test_ranks(plots):
     assert chart.values == {"2 ranks, ring": {"forward": 0.75, "both": 0.5}}
 
 
+def test_the_model_of_ranks(plots):
+    points = {"a": {"ring": {"measured_ms": 2.0, "predicted_ms": 3.0, "bytes_sent": 7}}}
+    (chart,) = plots.charts_of(record("parallel_model", {"ranks": 2, "points": points}))
+    assert chart.values == {"a, ring": {"measured": 2.0, "predicted": 3.0}}
+
+
 def test_of_a_file_that_nothing_is_known_of_every_group_of_numbers_is_shown(plots):
     results = {
         "one": 1.0,
