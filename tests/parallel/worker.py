@@ -154,6 +154,33 @@ def repeat(mesh: DeviceMesh, case: Case, strategy: str) -> dict[str, object]:
     }
 
 
+def collective(mesh: DeviceMesh, strategy: str, layout: str) -> dict[str, object]:
+    """Sums and whole tensors of all ranks, and gradients of what each rank makes of them; two derivatives."""
+    parallel = make(mesh, strategy, layout)
+    torch.manual_seed(0)
+    whole = torch.randn(2, 23, 3, dtype=torch.float64)
+    weights = torch.randn(parallel.world, 2, 23, 3, dtype=torch.float64)  # each rank's own, known to all
+    rows = parallel.shard(whole, 1).requires_grad_()
+    joined = parallel.unshard(rows, 1, differentiable=True)
+    (grad,) = torch.autograd.grad((joined**2 * weights[parallel.rank]).sum(), rows, create_graph=True)
+    (again,) = torch.autograd.grad(grad.sum(), rows)
+    every = weights.sum(0)
+    expected = [
+        (joined, whole),
+        *((a, parallel.shard(b, 1)) for a, b in ((grad, 2 * whole * every), (again, 2 * every))),
+    ]
+    mine = weights[parallel.rank].clone().requires_grad_()
+    total = parallel.add_up(mine)
+    (share,) = torch.autograd.grad((total * (parallel.rank + 1)).sum(), mine)
+    ranks = parallel.world * (parallel.world + 1) / 2
+    expected += [(total, every), (share, torch.full_like(share, ranks))]
+    plain = parallel.unshard(rows, 1)
+    return {
+        "errors": [float((a - b).detach().abs().max()) for a, b in [*expected, (plain, whole)]],
+        "detached": not plain.requires_grad,
+    }
+
+
 def captured(mesh: DeviceMesh) -> str:
     """What attention says while a CUDA graph is being captured; on all ranks, and afterwards it works."""
     parallel = ContextParallel(mesh, strategy="ring")
@@ -256,6 +283,7 @@ TASKS = {
     "train": train,
     "under_ordering": under_ordering,
     "captured": captured,
+    "collective": collective,
     "broken": broken,
     **{f"model {name}": partial(run_model, task) for name, task in model_tasks.TASKS.items()},
 }
