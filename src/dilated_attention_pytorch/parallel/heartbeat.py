@@ -72,7 +72,7 @@ class Heartbeat:
         self.verdict: tuple[int, str] | None = None
         """(rank, reason), once somebody failed."""
         self.rounds = 0
-        self.on_failure: list[Callable[[], None]] = []
+        self.on_failure: list[Callable[[], object]] = []
         """Called once in the thread when the verdict is known."""
         self._peers: dict[int, Peer] = {}
         self._state, self._reason = "on", ""
