@@ -332,7 +332,9 @@ class DilatedTransformerDecoderLayer(_Layer):
         def look(x: Tensor) -> Tensor:
             if isinstance(self.multihead_attn, MultiheadDilatedAttention):
                 along = read_causal("memory_mask", memory_mask, memory_is_causal)
-                return attend_alongside(self.multihead_attn, x, memory, memory_hidden, along, parallel)
+                return attend_alongside(
+                    self.multihead_attn, x, memory, memory_hidden, is_causal=along, parallel=parallel
+                )
             return self.multihead_attn(
                 x, memory, memory, key_padding_mask=memory_hidden, attn_mask=memory_mask,
                 is_causal=memory_is_causal, need_weights=False,
@@ -371,8 +373,9 @@ def attend_alongside(
     x: Tensor,
     memory: Tensor,
     hidden: Tensor | None,
+    *,
     is_causal: bool,
-    parallel: Parallel,
+    parallel: Parallel = None,
 ) -> Tensor:
     """Row n of ``x (..., N_tgt, E)`` attends to ``memory (..., N_src, E)`` as row n of the memory would.
 
