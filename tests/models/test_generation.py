@@ -122,6 +122,8 @@ LOGITS = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
         ({"top_p": 0.71}, (4 / 9, 3 / 9, 2 / 9, 0)),
         ({"top_k": 2, "top_p": 0.5}, (1, 0, 0, 0)),  # 0.4 of 0.7 is enough
         ({"top_k": 2, "top_p": 0.6}, (4 / 7, 3 / 7, 0, 0)),
+        ({"temperature": 1e-300}, (1, 0, 0, 0)),  # both round to 0 in float32
+        ({"top_p": 1e-300}, (1, 0, 0, 0)),
     ],
 )
 def test_probabilities_are_the_asked_ones(options: dict[str, Any], expected: tuple[float, ...]):
@@ -199,17 +201,22 @@ def test_modes_are_kept_and_dropout_is_off():
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "at least one prompt"),
-        ([[1], []], {}, "a prompt is empty"),
+        ([], {}, "there are no prompts"),
+        ([[1], []], {}, r"prompts\[1\] is empty"),
+        ([1, 2], {}, r"prompts\[0\] is of shape \(\)"),
+        (["def f("], {}, "prompts hold text"),
         (torch.zeros(3, dtype=torch.int64), {}, r"give \(B, N\)"),
         ([[0.5]], {}, "give token ids"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"temperature": None}, "temperature is None"),
         ([[1]], {"top_k": 0}, "top_k is 0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
         ([[1]], {"min_new_tokens": 1.5}, "min_new_tokens is 1.5"),
         ([[1]], {"end_token": 50}, "end_token has"),
+        ([[1]], {"end_token": range(50), "min_new_tokens": 1}, "every token is an end_token"),
+        ([[1]], {"generator": 2**64}, "the seed is"),
     ],
 )
 def test_wrong_input_is_refused_at_once(prompts: Any, options: dict[str, Any], message: str):
@@ -220,3 +227,16 @@ def test_wrong_input_is_refused_at_once(prompts: Any, options: dict[str, Any], m
 def test_a_token_out_of_range_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 50"):
         build().generate([[50]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_no_text(temperature: float):
+    model = build()
+    model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.generate([[1], [2]], max_new_tokens=2, temperature=temperature)
+
+
+def test_a_text_without_bound_takes_no_memory_beforehand():
+    """A list of the steps would not fit."""
+    assert next(build().stream([[1]], max_new_tokens=10**12)).shape == (1,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..merge import accumulator_dtype
 from .blocks import Documents
+from .config import check_number
 
 if TYPE_CHECKING:
     from .longnet_lm import LongNetLM
@@ -48,11 +49,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        if not 0 <= check_number("temperature", self.temperature) < math.inf:
             raise ValueError(f"temperature is {self.temperature!r}; give a number of at least 0")
         if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k!r}; give an integer of at least 1, or None")
-        if not 0 < self.top_p <= 1:
+        if not 0 < check_number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; give a probability above 0, at most 1")
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -60,8 +61,9 @@ class Sampling:
         logits = logits.to(accumulator_dtype(logits.dtype))
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-        # Divided after the subtraction, a low temperature cannot overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        # Divided after the subtraction, a low temperature cannot overflow; one that rounds to 0 would give 0 / 0.
+        least = torch.finfo(logits.dtype).tiny
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, least)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             best = logits.topk(self.top_k, dim=-1)
             logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
@@ -69,6 +71,7 @@ class Sampling:
         if self.top_p < 1:
             falling, order = found.sort(dim=-1, descending=True, stable=True)
             enough_before = falling.cumsum(-1) - falling >= self.top_p
+            enough_before[..., 0] = False  # also where top_p rounds to 0
             found = torch.zeros_like(found).scatter(-1, order, falling.masked_fill(enough_before, 0.0))
             found = found / found.sum(-1, keepdim=True)
         return found
@@ -89,9 +92,16 @@ def pad_left(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     if isinstance(prompts, Tensor) and prompts.dim() != 2:
         raise ValueError(f"prompts has shape {tuple(prompts.shape)}; give (B, N), or a list of prompts")
-    rows = [torch.as_tensor(prompt) for prompt in prompts]
-    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
-        raise ValueError("a prompt is empty, or there is none; give at least one prompt of at least one token")
+    given = list(prompts)
+    if any(isinstance(prompt, (str, bytes)) for prompt in given):
+        raise ValueError("prompts hold text; give token ids: of a model over bytes list(text.encode())")
+    rows = [torch.as_tensor(prompt) for prompt in given]
+    if not rows:
+        raise ValueError("there are no prompts; give at least one")
+    for number, row in enumerate(rows):
+        if row.dim() != 1 or not len(row):
+            what = "empty" if row.dim() == 1 else f"of shape {tuple(row.shape)}"
+            raise ValueError(f"prompts[{number}] is {what}; give a list of prompts, each of at least one token")
     if any(row.dtype not in (torch.int64, torch.int32, torch.uint8) for row in rows):
         raise ValueError(f"prompts hold {sorted({str(row.dtype) for row in rows})}; give token ids, int64")
     longest = max(map(len, rows))
@@ -115,12 +125,16 @@ def stream_tokens(
             raise ValueError(f"{name} is {value!r}; give a number of tokens, at least 0")
     if wrong := [token for token in end_tokens if not 0 <= token < model.config.vocab_size]:
         raise ValueError(f"end_token has {wrong}; give token ids of at least 0 and below {model.config.vocab_size}")
+    if min_new_tokens and len(set(end_tokens)) == model.config.vocab_size:
+        raise ValueError(f"every token is an end_token, and min_new_tokens is {min_new_tokens}; leave one to be drawn")
     device = model.embedding.weight.device
     tokens, key_start = pad_left(prompts, device)
     if isinstance(generator, int):
+        if not -(2**63) <= generator < 2**64:
+            raise ValueError(f"the seed is {generator}; give an integer of at most 64 bits")
         generator = torch.Generator(device).manual_seed(generator)
     ends = torch.tensor(sorted(set(end_tokens)), dtype=torch.int64, device=device)
-    banned = [ends if count < min_new_tokens else None for count in range(max_new_tokens)]
+    banned = (ends if count < min_new_tokens else None for count in range(max_new_tokens))
     return _draw_steps(model, tokens, key_start, sampling, ends, banned, generator)
 
 
@@ -131,10 +145,14 @@ def _draw_steps(
     key_start: Tensor,
     sampling: Sampling,
     ends: Tensor,
-    banned: Sequence[Tensor | None],
+    banned: Iterable[Tensor | None],
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """A step for each of ``banned``, the tokens that it must not draw."""
+    """A step for each of ``banned``, the tokens that it must not draw.
+
+    Raises:
+        FloatingPointError: logits that are NaN or infinite, of which nothing can be drawn.
+    """
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -145,6 +163,10 @@ def _draw_steps(
             for part in first:
                 model.features(part, Documents(None, None, 0), cache)
             logits = model.logits(model.features(last, Documents(None, None, 0), cache)[:, -1])
+            if not bool(logits.amax(-1).isfinite().all()):
+                raise FloatingPointError(
+                    "the logits are not finite; the weights of the model or its dtype are to blame"
+                )
             if none_of is not None:
                 logits = logits.index_fill(-1, none_of, -torch.inf)
             drawn = sampling.draw(logits, generator)

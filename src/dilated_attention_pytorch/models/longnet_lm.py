@@ -244,6 +244,7 @@ class LongNetLM(nn.Module):
 
         Raises:
             ValueError: an empty prompt, token ids out of range, or an option out of range.
+            FloatingPointError: logits that are NaN or infinite.
 
         >>> model = LongNetLM(LongNetLMConfig.preset("demo"))
         >>> [len(text) for text in model.generate([[1, 2, 3], [4]], max_new_tokens=5, temperature=0)]
