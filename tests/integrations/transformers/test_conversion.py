@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,12 @@ def test_the_command_converts_both_ways_and_says_what_is_wrong(tmp_path: Path) -
     (tmp_path / "broken" / "config.json").write_bytes((tmp_path / "hf" / "config.json").read_bytes())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("other-sizes", "cut-short", "pickle"):
+        shutil.copytree(tmp_path / "hf", tmp_path / name)
+    LongNetConfig(**{**TINY, "embed_dim": 64}).save_pretrained(tmp_path / "other-sizes")
+    os.truncate(tmp_path / "cut-short" / "model.safetensors", 1000)
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    torch.save({"model": range(3)}, tmp_path / "pickle" / "pytorch_model.bin")  # whatever it holds: not opened
     LongNetForMaskedLM(LongNetConfig(**TINY)).save_pretrained(tmp_path / "masked")
     write_run(tmp_path / "few", vocab_size=50)
     for source, target, message in (
@@ -100,7 +108,10 @@ def test_the_command_converts_both_ways_and_says_what_is_wrong(tmp_path: Path) -
         ("empty", "x", "is not a checkpoint of this command"),
         ("other", "x", "holds a model of type 'llama'; give a folder written by LongNetForCausalLM"),
         ("masked", "x", "holds a bidirectional LongNet; give"),
-        ("broken", "x", "do not fit their configuration: {'missing_keys': ['lm_head.weight']}"),
+        ("broken", "x", "do not fit their configuration: missing_keys lm_head.weight"),
+        ("other-sizes", "x", "do not fit their configuration: mismatched_keys lm_head.weight"),
+        ("cut-short", "x", "cut-short' cannot be read: "),
+        ("pickle", "x", "pickle' cannot be read: "),
         ("few", "x", "the vocabulary has 50 ids, which are no bytes"),
     ):
         result = convert(source, target)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ...training import load_model
 from ...training.checkpoint import Checkpoint, write_checkpoint
@@ -16,6 +17,8 @@ from ...training.state import MODEL
 from .configuration import LongNetConfig
 from .heads import LongNetForCausalLM
 from .tokenizer import BYTES, byte_tokenizer
+
+_SHOWN = 4
 
 
 def checkpoint_to_pretrained(source: str | Path, target: str | Path) -> LongNetForCausalLM:
@@ -65,7 +68,8 @@ def pretrained_to_checkpoint(source: str | Path, target: str | Path) -> Path:
         The checkpoint's folder.
 
     Raises:
-        ValueError: a folder of another model, weights that are missing, or a target that holds files.
+        ValueError: a folder of another model, weights that are missing, damaged or of other sizes, or a target that
+            holds files.
 
     Example::
 
@@ -80,14 +84,23 @@ def pretrained_to_checkpoint(source: str | Path, target: str | Path) -> Path:
             f"{str(source)!r} holds {kind or 'a model of type ' + repr(described.get('model_type'))}; give a folder "
             "written by LongNetForCausalLM.save_pretrained"
         )
-    # With output_loading_info the model comes with what was found, which its annotation leaves out.
-    loaded: Any = LongNetForCausalLM.from_pretrained(
-        source, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
+    # With output_loading_info the model comes with what was found, which its annotation leaves out; sizes that differ
+    # are reported there, too. save_pretrained writes safetensors, so nothing else is opened.
+    try:
+        loaded: Any = LongNetForCausalLM.from_pretrained(
+            source, dtype=torch.float32, local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights in {str(source)!r} cannot be read: {error}") from None
     model, found = loaded
-    problems = {what: sorted(map(str, found[what])) for what in ("missing_keys", "unexpected_keys") if found[what]}
+    problems = [
+        f"{what} {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if (names := sorted(str(key if isinstance(key, str) else key[0]) for key in found[what]))
+    ]
     if problems:
-        raise ValueError(f"the weights in {str(source)!r} do not fit their configuration: {problems}")
+        raise ValueError(f"the weights in {str(source)!r} do not fit their configuration: {'; '.join(problems)}")
     lm = model.to_longnet_lm()
     # Every checkpoint records a run; this one has taken no step.
     training = TrainingConfig(steps=1, batch_size=1, learning_rate=1e-3)
