@@ -252,6 +252,11 @@ def test_what_it_cannot_do_is_refused_by_name() -> None:
         generate(model, tokens, right)
     with refused("past_key_values is a DynamicCache; LongNet models take a LongNetCache"):
         model(tokens, past_key_values=DynamicCache())
+    for text in (tokens, tokens[:, :6]):  # of another text, as far as can be told
+        cache = LongNetCache()
+        model(tokens, past_key_values=cache)
+        with refused("past_key_values has seen 10 tokens, and input_ids has"):
+            generate(model, text, past_key_values=cache)
     with refused("cache_implementation is 'static'"):
         generate(model, tokens, cache_implementation="static")
     for name, value in {"position_ids": tokens, "inputs_embeds": torch.zeros(2, 10, 32)}.items():

@@ -109,6 +109,22 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
             assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
             model_kwargs["past_key_values"] = LongNetCache(rollback=_DRAFT_TOKENS if assisted else 0)
 
+    def prepare_inputs_for_generation(self, input_ids: Any, *arguments: Any, **kwargs: Any) -> Any:
+        """What :meth:`forward` gets in a step of generate(), as transformers makes it.
+
+        Raises:
+            ValueError: a cache that has seen as much as the whole text, or more: it is that of another text.
+        """
+        cache = kwargs.get("past_key_values")
+        seen = 0 if cache is None else cache.get_seq_length()
+        if seen >= input_ids.shape[1] > 0:
+            raise ValueError(
+                f"past_key_values has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; give the text that "
+                "it has seen with at least one more token, or call its reset()"
+            )
+        made = GenerationMixin.prepare_inputs_for_generation
+        return made(self, input_ids, *arguments, **kwargs)  # type: ignore[arg-type]
+
     def to_longnet_lm(self) -> LongNetLM:
         """The library's own model with these weights, copied."""
         model = LongNetLM(self.config.to_lm_config(), dtype=self.dtype, device="meta")
