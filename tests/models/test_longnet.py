@@ -79,3 +79,10 @@ def test_a_mask_that_is_not_causal_is_refused():
     model = LongNet(**SIZES, segment_lengths=(8,), dilation_rates=(1,))
     with pytest.raises(ValueError, match="tgt_mask is no causal mask"):
         model(torch.randn(1, 9, 24), torch.randn(1, 9, 24), tgt_mask=torch.ones(9, 9).bool())
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True])
+@pytest.mark.parametrize("name", ["num_encoder_layers", "num_decoder_layers"])
+def test_numbers_of_layers_that_are_none_are_refused(name: str, count: object):
+    with pytest.raises(ValueError, match=rf"{name} is {count}; give an integer of at least 0"):
+        LongNet(**{**SIZES, name: count}, segment_lengths=(8,), dilation_rates=(1,))

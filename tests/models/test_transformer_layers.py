@@ -201,6 +201,9 @@ def test_pytorchs_containers_take_the_layers():
         ({"activation": "tanhh"}, "activation is 'tanhh'"),
         ({"cross_attention": "none"}, "cross_attention is 'none'"),
         ({"xpos_scale_base": 0}, "xpos_scale_base is 0"),
+        ({"dim_feedforward": 0}, "dim_feedforward is 0; give an integer of at least 1"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0; give a number of at least 0"),
+        ({"activation": 3}, "activation is 3; give 'relu', 'gelu' or a function"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str):

@@ -90,6 +90,10 @@ class LongNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        layers = {"num_encoder_layers": num_encoder_layers, "num_decoder_layers": num_decoder_layers}
+        for name, count in layers.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name} is {count!r}; give an integer of at least 0")
         options: dict[str, Any] = {
             "dim_feedforward": dim_feedforward,
             "dropout": dropout,

@@ -17,6 +17,7 @@ from ..modules import DilatedAttention, MultiheadDilatedAttention
 from ..parallel import ContextParallel, Streaming, check_parallel
 from ..types import HeadOffsets
 from .blocks import Documents
+from .config import check_count, check_number
 from .xpos import XPos, apply_xpos, centred_positions
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -32,6 +33,8 @@ def find_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; give 'relu', 'gelu' or a function")
         return _ACTIVATIONS[activation]
+    if not callable(activation):
+        raise ValueError(f"activation is {activation!r}; give 'relu', 'gelu' or a function")
     return activation
 
 
@@ -117,6 +120,9 @@ class _Layer(nn.Module):
         sub_layers: int,
         factory: dict[str, Any],
     ) -> None:
+        check_count("dim_feedforward", dim_feedforward)
+        if not check_number("layer_norm_eps", layer_norm_eps) >= 0:
+            raise ValueError(f"layer_norm_eps is {layer_norm_eps}; give a number of at least 0")
         self.batch_first, self.norm_first = batch_first, norm_first
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias, **factory)
         self.dropout = nn.Dropout(dropout)
