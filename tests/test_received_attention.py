@@ -74,3 +74,12 @@ def test_gradients_are_left_alone_and_bad_input_is_named():
     assert q.grad is None
     with pytest.raises(ValueError, match=r"give a tensor \(B, N, H_kv, D\)"):
         received_attention(q, None, [8], [1])
+
+
+def test_in_inference_mode_it_is_the_same():
+    query, key = torch.randn(2, 2, 24, 2, 16).unbind()
+    mask = torch.arange(24)[None] >= torch.tensor([[24], [17]])
+    expected = received_attention(query, key, [8], [2], key_padding_mask=mask)
+    with torch.inference_mode():
+        found = received_attention(query.clone(), key.clone(), [8], [2], key_padding_mask=mask.clone())
+    torch.testing.assert_close(found, expected)

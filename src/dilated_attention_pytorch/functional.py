@@ -188,12 +188,19 @@ def received_attention(
         raise ValueError(f"key is {getattr(key, 'shape', type(key).__name__)}; give a tensor (B, N, H_kv, D)")
     acc = accumulator_dtype(key.dtype)
     # Sums over many rows need the accumulators' dtype, which the value gives its gradient.
-    with torch.enable_grad(), torch.autocast(key.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(key.device.type, enabled=False):
+        query, key = _for_autograd(query), _for_autograd(key)
+        options = {name: _for_autograd(option) for name, option in options.items()}
         value = key.new_zeros(*key.shape[:3], 1, dtype=acc).requires_grad_()
         q, k = query.detach().to(acc), key.detach().to(acc)
         out = dilated_attention(q, k, value, segment_lengths, dilation_rates, **options)
         (received,) = torch.autograd.grad(out, value, torch.ones_like(out))
     return received[..., 0].transpose(1, 2)
+
+
+def _for_autograd(given: Any) -> Any:
+    """A copy of a tensor of inference mode, which autograd refuses; all else as it is."""
+    return given.clone() if isinstance(given, Tensor) and given.is_inference() else given
 
 
 def checked_arguments(

@@ -17,7 +17,7 @@ from ..modules import DilatedAttention
 from .reading import TileFeatures
 
 
-@torch.no_grad()  # not inference_mode: received_attention takes a gradient, which its tensors refuse
+@torch.no_grad()  # not inference_mode: received_attention takes a gradient, for which it would copy its tensors
 def embed_slide(
     model: LongNetViT, slide: TileFeatures, *, autocast: torch.dtype | None = None, received: bool = False
 ) -> dict[str, Tensor]:
