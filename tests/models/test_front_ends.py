@@ -43,6 +43,9 @@ def test_tiles_that_are_refused() -> None:
             embed(x, torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match=r"coords has shape \(1, 3, 2\) for features \(1, 4, 5\).*\(1, 4, 2\)"):
         embed(torch.zeros(1, 4, 5), torch.zeros(1, 3, 2))
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=rf"x is {dtype}, the weights are torch.float32; convert one"):
+            embed(torch.zeros(1, 4, 5, dtype=dtype), torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match="embed_dim is 6"):
         TileEmbedding(5, 6)
     with pytest.raises(ValueError, match="tile_size is 0"):
@@ -64,5 +67,7 @@ def test_images_that_are_refused() -> None:
     for shape in ((3, 8, 8), (1, 1, 8, 8), (1, 3, 7, 8), (1, 3, 8, 1), (1, 3, 0, 8)):
         with pytest.raises(ValueError, match=r"floating \(batch, 3, height, width\), both multiples of patch_size 2"):
             embed(torch.zeros(shape), positions)
+    with pytest.raises(ValueError, match=r"image is torch.float16, the weights are torch.float32; convert one"):
+        embed(torch.zeros(1, 3, 8, 8, dtype=torch.float16), positions)
     with pytest.raises(ValueError, match="img_size is 9, patch_size is 2"):
         ImageEmbedding(9, 2, embed_dim=4)

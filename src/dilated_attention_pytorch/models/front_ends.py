@@ -9,6 +9,15 @@ from .config import check_count
 from .positions import grid_cells, plane_positions, resize_positions
 
 
+def _check_dtype(name: str, given: Tensor, weight: Tensor) -> None:
+    """Raise ValueError for another dtype than the weights', where autocast does not see to it."""
+    if given.dtype != weight.dtype and not (given.is_meta or torch.is_autocast_enabled(given.device.type)):
+        raise ValueError(
+            f"{name} is {given.dtype}, the weights are {weight.dtype}; convert one of them with .to(dtype), or use "
+            "torch.autocast"
+        )
+
+
 class TileEmbedding(nn.Module):
     """Features of tiles, projected, with sine-cosine positions in the plane added; for GigaPath's slide encoder.
 
@@ -68,6 +77,7 @@ class TileEmbedding(nn.Module):
                 f"coords has shape {tuple(coords.shape)} for features {tuple(x.shape)}; give two coordinates a tile, "
                 f"{(*x.shape[:2], 2)}"
             )
+        _check_dtype("x", x, self.proj.weight)
         if padding is not None:  # NaN there would reach the gradient of the projection
             x = x.masked_fill(padding[..., None], 0.0)
         cells = grid_cells(coords, tile_size=self.tile_size, grid=self.slide_ngrids, padding=padding)
@@ -133,5 +143,6 @@ class ImageEmbedding(nn.Module):
                 f"image has shape {tuple(image.shape)} and dtype {image.dtype}; give floating (batch, {self.in_chans}, "
                 f"height, width), both multiples of patch_size {size}"
             )
+        _check_dtype("image", image, self.proj.weight)
         patches = self.proj(image).flatten(2).transpose(1, 2)
         return patches + resize_positions(positions, image.shape[2] // size, image.shape[3] // size)
