@@ -249,6 +249,8 @@ def test_damaged_files_are_named_and_the_others_encoded(weights: Path, tmp_path:
     expected["tensor"] = "features", "it is a Tensor, not a dict"
     torch.save({"features": [1.0], "coords": COORDS}, folder / "list.pt")
     expected["list"] = "features", "is a list, not a dense tensor"
+    (folder / "moved.pt").symlink_to(folder / "no such file.pt")
+    expected["moved"] = None, "cannot be read (No such file or directory)"
     with h5py.File(folder / "group.h5", "w") as file:
         file.create_group("features")
         file["coords"] = np.asarray(COORDS)

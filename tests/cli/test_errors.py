@@ -18,6 +18,7 @@ DISK = OSError(28, "No space left on device", "/tmp/file")
         (DISK, 1, "error: '/tmp/file': No space left on device; try again"),
         (FileNotFoundError(2, "No such file or directory", "a.json"), 2, "error: 'a.json': No such file or directory"),
         (IsADirectoryError(21, "Is a directory", "runs"), 2, "error: 'runs': Is a directory"),
+        (IsADirectoryError(21, "Is a directory", ".runs.tmp", None, "runs"), 2, "error: 'runs': Is a directory"),
         (OSError("odd"), 1, "error: odd; try again"),
         (MemoryError(), 1, "error: out of memory; try again"),
         (FloatingPointError("the loss is nan"), 1, "error: the loss is nan"),

@@ -68,13 +68,18 @@ def test_a_checkpoint_is_measured_on_what_its_run_held_out(small_run: Path, tmp_
         (("RUN", "--contexts", "a"), "--contexts is 'a'; give integers"),
         (("RUN", "--contexts", "65"), "from 1 to the 64 of a window"),
         (("RUN", "--data", "missing"), "'missing': it does not exist"),
+        (("RUN", "--output", "file"), "cannot write into the folder 'file': File exists"),
+        (("BARE",), "holds no text, as runs do that were trained here; name some with --data"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], fragment: str, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    result = evaluate(*(small_run if argument == "RUN" else argument for argument in arguments))
+    Path("file").touch()
+    shutil.copytree(small_run / "checkpoints", "bare/checkpoints")
+    runs = {"RUN": small_run, "BARE": Path("bare")}
+    result = evaluate(*(runs.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2, result.output
     assert fragment in " ".join(result.stderr.split())
     assert result.stdout == ""

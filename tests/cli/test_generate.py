@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from dilated_attention_pytorch import LongNetLM
 from dilated_attention_pytorch.cli import app
 from dilated_attention_pytorch.training import load_model
 from dilated_attention_pytorch.training.generate import printable
@@ -79,3 +81,22 @@ def test_wrong_input_is_one_line(
     assert result.exit_code == code, result.output
     assert fragment in " ".join(result.stderr.split())
     assert result.stdout == ""
+
+
+def test_an_older_checkpoint_in_place_of_a_damaged_one_is_a_line(small_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000002")
+    shutil.copytree(small_run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000003")
+    (run / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"")
+    result = generate(str(run), "--max-bytes", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("note: checkpoint ")
+    assert "the one of step 2 is loaded in its place" in result.stderr.splitlines()[0]
+    assert len(result.stderr.splitlines()) == 2  # and how long it took
+
+
+def test_logits_that_are_not_finite_are_one_line(small_run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LongNetLM, "logits", lambda self, features: features.new_full((len(features), 256), torch.nan))
+    result = generate(str(small_run), "--max-bytes", "1")
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: the logits are not finite")

@@ -239,6 +239,7 @@ def _open(
     from ..encoding import check_settings, find_slides
     from ..models import LongNetViT
     from ..training import parse_device
+    from ..training.files import make_writable
     from .doctor import devices, versions
 
     slides = find_slides(features)
@@ -256,7 +257,7 @@ def _open(
         "segment_lengths": config.segment_lengths,
         "dilation_rates": config.dilation_rates,
     }
-    _make(output)
+    make_writable(output)
     if not overwrite:
         for name in slides:
             check_settings(output / f"{name}.safetensors", settings)
@@ -279,16 +280,6 @@ def _check_installed(slides: dict[str, Path], heat_map: bool) -> None:
         raise ValueError(f"h5py is not installed, which reads {str(hdf5[0])!r}; run: pip install h5py")
     if heat_map and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib is not installed, which draws --heat-map; run: pip install matplotlib")
-
-
-def _make(folder: Path) -> None:
-    import tempfile
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write into the folder {str(folder)!r}: {error.strerror}") from None
 
 
 class SlideProgress:

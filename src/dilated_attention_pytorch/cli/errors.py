@@ -41,7 +41,8 @@ def one_line_errors(*, hint: str = "") -> Iterator[None]:
     except FloatingPointError as error:
         raise fail(str(error), FAILED) from None
     except OSError as error:
-        where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
+        path = error.filename if error.filename2 is None else error.filename2  # of a rename the name that was asked for
+        where = f"{os.fsdecode(path)!r}: " if isinstance(path, (str, bytes)) else ""
         text = f"{where}{error.strerror or error}"
         if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
             raise fail(text, WRONG_INPUT) from None

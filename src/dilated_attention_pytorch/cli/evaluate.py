@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import one_line_errors
-from .generate import last_run
+from .generate import last_run, open_model
 from .problem import integers
 
 if TYPE_CHECKING:
@@ -47,11 +47,12 @@ def evaluate(
     with one_line_errors():
         import torch
 
-        from ..training import load_model, parse_device
+        from ..training import parse_device
         from ..training.evaluate import context_table, curve_positions
+        from ..training.files import make_writable
 
         source = run or last_run()
-        where, model = parse_device(device), load_model(source)
+        where, model = parse_device(device), open_model(source)
         folder = source if (source / "checkpoints").is_dir() else source.parent.parent
         length = model.config.context_length if window is None else window
         chosen = curve_positions(length)[::2] if contexts is None else integers("--contexts", contexts)
@@ -59,6 +60,7 @@ def evaluate(
             if value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
         text = _windows(data, folder, length=length, count=windows)
+        make_writable(output or folder)
         autocast = torch.bfloat16 if where.type == "cuda" else None
         table = context_table(model.to(where), text, chosen, device=where, autocast=autocast)
         files = _write(table, output or folder, title=f"What context is worth: {source.name}")
@@ -72,6 +74,8 @@ def _windows(data: list[Path] | None, folder: Path, *, length: int, count: int) 
     from ..training.sources import find_sources
     from ..training.windows import held_out_windows
 
+    if not data and not (folder / "data").is_dir():
+        raise ValueError(f"{str(folder)!r} holds no text, as runs do that were trained here; name some with --data")
     corpus = unseen_corpus(find_sources(data)) if data else open_packed(folder / "data")
     if len(corpus.held_out) <= length:
         raise ValueError(f"the text has {len(corpus.held_out)} bytes, no window of {length}; give more, or --window")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,13 +44,13 @@ def generate(
     the same time and memory after a long text as after a short one.
     """
     with one_line_errors():
-        from ..training import load_model, parse_device
+        from ..training import parse_device
 
         if max_bytes < 0:
             raise ValueError(f"--max-bytes is {max_bytes}; give at least 0")
         prompts = [text.encode("utf-8", errors="surrogateescape") for text in prompt or ()]
         prompts += [_read(path) for path in prompt_file or ()]
-        model = load_model(run or last_run()).to(parse_device(device))
+        model = open_model(run or last_run()).to(parse_device(device))
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": seed}
         try:
             _show(model, prompts or [b""], max_bytes=max_bytes, **options)
@@ -73,6 +74,18 @@ def last_run() -> Path:
     if not found:
         raise ValueError(f"there is no run in {str(RUNS)!r}; make one with: dilated-attention train, or name a folder")
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def open_model(run: Path) -> LongNetLM:
+    """The model of a run or checkpoint; that an older checkpoint had to be taken is a line on stderr."""
+    from ..training import load_model
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        model = load_model(run)
+    for warning in found:
+        typer.echo(f"note: {warning.message}", err=True)
+    return model
 
 
 def _show(model: LongNetLM, prompts: Sequence[bytes], *, max_bytes: int, **options: Any) -> None:

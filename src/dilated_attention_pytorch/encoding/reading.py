@@ -57,7 +57,7 @@ def find_slides(given: Sequence[Path]) -> dict[str, Path]:
             files = [(path.stem, path)]
         for name, file in files:
             other = found.setdefault(name, file)
-            if not os.path.samefile(other, file):
+            if other != file and not os.path.samefile(other, file):
                 raise ValueError(
                     f"{str(other)!r} and {str(file)!r} would both be written to {name}.safetensors; rename one, or "
                     "encode them into different folders"
@@ -70,7 +70,8 @@ def _below(folder: Path) -> list[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
+        there = path.is_file() or not path.exists()  # a link to nothing is reported like a damaged file
+        if path.suffix.lower() in SUFFIXES and there and not hidden:
             found.append((inside.with_suffix("").as_posix(), path))
     return found
 

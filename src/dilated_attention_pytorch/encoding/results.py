@@ -72,7 +72,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, set[str]] | None:
     """What a file says about itself (None: it is not ours) and its tensors' names; None where there is no whole one."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def make_writable(folder: Path) -> None:
+    """Make ``folder`` if it is not there; a ValueError, before any work is done, where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write into the folder {str(folder)!r}: {error.strerror}") from None
 
 
 def sync_folder(folder: Path) -> None:
