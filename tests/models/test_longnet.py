@@ -79,6 +79,10 @@ def test_a_mask_that_is_not_causal_is_refused():
     model = LongNet(**SIZES, segment_lengths=(8,), dilation_rates=(1,))
     with pytest.raises(ValueError, match="tgt_mask is no causal mask"):
         model(torch.randn(1, 9, 24), torch.randn(1, 9, 24), tgt_mask=torch.ones(9, 9).bool())
+    mask = nn.Transformer.generate_square_subsequent_mask(8)
+    for causal in (None, True):
+        with pytest.raises(ValueError, match=r"tgt_mask is no causal mask of 9 rows: it has shape \(8, 8\)"):
+            model(torch.randn(1, 9, 24), torch.randn(1, 9, 24), tgt_mask=mask, tgt_is_causal=causal)
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True])

@@ -99,3 +99,12 @@ def test_recent_rows_are_the_last_of_the_stream(count: int):
             recent.crop(1)
     recent.reset()
     assert torch.equal(recent.extend(stream), stream)
+
+
+def test_rows_of_another_batch_are_refused_and_nothing_is_changed():
+    recent = RecentRows(2)
+    recent.extend(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    with pytest.raises(ValueError, match="the batch has 1 rows, the cache holds 2"):
+        recent.extend(torch.tensor([[7]]))
+    recent.crop(3)
+    assert recent.extend(torch.tensor([[7], [8]])).tolist() == [[2, 3, 7], [5, 6, 8]]

@@ -17,6 +17,7 @@ from .transformer_layers import (
     DilatedTransformerEncoderLayer,
     Parallel,
     check_alongside,
+    count_rows,
     gather_memory,
     read_causal,
     read_padding,
@@ -188,7 +189,7 @@ class LongNet(nn.Module):
         parallel: Parallel = None,
     ) -> Tensor:
         """The memory that :meth:`decode` reads, of the shape of ``src``; arguments as for :meth:`forward`."""
-        causal = read_causal("src_mask", src_mask, src_is_causal)
+        causal = read_causal("src_mask", src_mask, src_is_causal, count_rows(src, batch_first=self.batch_first))
         hidden = read_padding("src_key_padding_mask", src_key_padding_mask)
         return self.encoder(src, None, hidden, causal, parallel=parallel)
 
@@ -211,7 +212,7 @@ class LongNet(nn.Module):
         ``memory_parallel`` is what shards the memory; None: it is whole on every rank.
         """
         self._check_cross_attention(parallel, memory_parallel)
-        causal = read_causal("tgt_mask", tgt_mask, tgt_is_causal)
+        causal = read_causal("tgt_mask", tgt_mask, tgt_is_causal, count_rows(tgt, batch_first=self.batch_first))
         hidden = read_padding("tgt_key_padding_mask", tgt_key_padding_mask)
         memory_hidden = read_padding("memory_key_padding_mask", memory_key_padding_mask)
         if memory_parallel is not None and self.cross_attention == "dense":  # once for all layers

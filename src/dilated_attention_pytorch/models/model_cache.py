@@ -40,7 +40,16 @@ class RecentRows:
         return 0 if self._held is None else self._held.nbytes
 
     def extend(self, rows: Tensor) -> Tensor:
-        """``rows (B, n, ...)`` with up to ``count`` rows before them, as many as there are."""
+        """``rows (B, n, ...)`` with up to ``count`` rows before them, as many as there are.
+
+        Raises:
+            ValueError: another B than before; nothing is changed.
+        """
+        if self._held is not None and self._held.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"the batch has {rows.shape[0]} rows, the cache holds {self._held.shape[0]}; give as many, or make a "
+                "new cache"
+            )
         self._length += rows.shape[1]
         if not self.count:
             return rows

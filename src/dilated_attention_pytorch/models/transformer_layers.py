@@ -38,21 +38,29 @@ def find_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     return activation
 
 
-def read_causal(name: str, mask: Tensor | None, is_causal: bool | None) -> bool:
-    """Whether self-attention is causal: as ``is_causal`` says, or because ``mask`` is the causal one.
+def read_causal(name: str, mask: Tensor | None, is_causal: bool | None, rows: int) -> bool:
+    """Whether attention of ``rows`` is causal: as ``is_causal`` says, or because ``mask`` is the causal one.
 
     Raises:
-        ValueError: a mask that is not causal.
+        ValueError: a mask that is not causal, or one of another number of rows.
     """
-    if mask is None or is_causal:
+    if mask is None:
         return bool(is_causal)
-    rows = mask.shape[-1]
+    if mask.shape[-1] != rows:
+        raise ValueError(f"{name} is no causal mask of {rows} rows: it has shape {tuple(mask.shape)}; or use is_causal")
+    if is_causal:
+        return True
     hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
     future = torch.ones(rows, rows, dtype=torch.bool, device=mask.device).triu(1)
     plain = mask.dtype == torch.bool or bool((mask.masked_fill(hidden, 0) == 0).all())
     if mask.shape != (rows, rows) or not plain or not torch.equal(hidden, future):
         raise ValueError(f"{name} is no causal mask; dense masks are not supported, use is_causal or a padding mask")
     return True
+
+
+def count_rows(x: Tensor, *, batch_first: bool) -> int:
+    """Rows of embeddings ``(B, N, E)``, ``(N, B, E)`` without ``batch_first``, or ``(N, E)``."""
+    return x.shape[-2] if batch_first or x.dim() == 2 else x.shape[0]
 
 
 def read_padding(name: str, mask: Tensor | None) -> Tensor | None:
@@ -142,6 +150,9 @@ class _Layer(nn.Module):
             x = x + dropout(sub_layer(norm(x))) if self.norm_first else norm(x + dropout(sub_layer(x)))
         return x
 
+    def _rows(self, x: Tensor) -> int:
+        return count_rows(x, batch_first=self.batch_first)
+
     def _turn(self, x: Tensor) -> Tensor:
         """Between the caller's axes and batch first; a tensor without a batch stays."""
         return x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)
@@ -219,7 +230,7 @@ class DilatedTransformerEncoderLayer(_Layer):
             ValueError: another mask, or tensors of the wrong shape.
         """
         check_parallel(parallel)
-        causal = read_causal("src_mask", src_mask, is_causal)
+        causal = read_causal("src_mask", src_mask, is_causal, self._rows(src))
         hidden = read_padding("src_key_padding_mask", src_key_padding_mask)
 
         def attend(x: Tensor) -> Tensor:
@@ -326,7 +337,7 @@ class DilatedTransformerDecoderLayer(_Layer):
         dilated = isinstance(self.multihead_attn, MultiheadDilatedAttention)
         if dilated:
             check_alongside(parallel, memory_parallel)
-        causal = read_causal("tgt_mask", tgt_mask, tgt_is_causal)
+        causal = read_causal("tgt_mask", tgt_mask, tgt_is_causal, self._rows(tgt))
         hidden = read_padding("tgt_key_padding_mask", tgt_key_padding_mask)
         memory, memory_hidden = self._turn(memory), read_padding("memory_key_padding_mask", memory_key_padding_mask)
         if memory_parallel is not None and not dilated:
@@ -337,7 +348,7 @@ class DilatedTransformerDecoderLayer(_Layer):
 
         def look(x: Tensor) -> Tensor:
             if isinstance(self.multihead_attn, MultiheadDilatedAttention):
-                along = read_causal("memory_mask", memory_mask, memory_is_causal)
+                along = read_causal("memory_mask", memory_mask, memory_is_causal, memory.shape[-2])
                 return attend_alongside(
                     self.multihead_attn, x, memory, memory_hidden, is_causal=along, parallel=parallel
                 )
