@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..parallel import ContextParallel
 from ..types import HeadOffsets
+from .masks import count_rows, read_causal, read_padding
 from .transformer_layers import (
     Activation,
     CrossAttention,
@@ -17,10 +18,7 @@ from .transformer_layers import (
     DilatedTransformerEncoderLayer,
     Parallel,
     check_alongside,
-    count_rows,
     gather_memory,
-    read_causal,
-    read_padding,
 )
 
 
