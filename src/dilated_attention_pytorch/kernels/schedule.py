@@ -19,12 +19,8 @@ from torch import Tensor
 
 TILE_COST = 1.5
 """Blocks that a tile costs besides those that it meets: an estimate."""
-_LIGHT = 0.3
-"""Share of all work, of the lightest tiles, that is dealt last."""
-_FEW = 16
-"""Tiles a program up to which all are dealt by weight: what so few tiles read is in the cache anyhow."""
-_SINGLE = 12
-"""Tiles a program, of the last ones, that are dealt one by one."""
+_LAST = 4
+"""Tiles a program, at the end, that are dealt heaviest first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +123,8 @@ def deal(
 ) -> Schedule | None:
     """Tiles, by their place in ``costs``, dealt to at most ``programs`` programs; None where none is wanted.
 
-    Neighbours stay together in time, for they share rows in the cache; only the lightest tiles come last, the heaviest
-    of them first (and so do all where they are few). Each round gives every program a tile, the heaviest one to the
-    program with the least work so far; the last tiles go one by one to whoever has the least.
+    Each tile in turn goes to the program that has the least work so far, so neighbours, which share rows in the cache,
+    are computed at the same time; the last ones go heaviest first, so that all programs end together.
 
     >>> schedule = deal(np.array([5.0, 1, 1, 3]), np.array([True] * 4), 2, torch.device("cpu"))
     >>> schedule.tiles.tolist(), schedule.starts.tolist()
@@ -140,22 +135,11 @@ def deal(
     if not len(tiles):
         return None
     work = flat[tiles]
-    by_weight = np.lexsort((-np.arange(len(tiles)), work))
-    share = _LIGHT if len(tiles) > _FEW * programs else 1.0
-    light = by_weight[: int(np.searchsorted(np.cumsum(work[by_weight]), share * work.sum()))]
-    heavy = np.ones(len(tiles), dtype=bool)
-    heavy[light] = False
-    dealt = np.concatenate((np.flatnonzero(heavy), light[::-1]))
-    rounds = max(len(dealt) // programs - _SINGLE, 0) * programs
+    begin = max(len(tiles) - _LAST * programs, 0)
+    dealt = np.concatenate((np.arange(begin), begin + np.argsort(-work[begin:], kind="stable")))
     owner = np.empty(len(tiles), dtype=np.int64)
-    load = np.zeros(programs)
-    for part in dealt[:rounds].reshape(-1, programs):
-        part = part[np.argsort(-work[part], kind="stable")]
-        owner[part] = receivers = np.argsort(load, kind="stable")
-        load[receivers] += work[part]
-    loads = [(total, program) for program, total in enumerate(load.tolist())]
-    heapq.heapify(loads)
-    for tile, more in zip(dealt[rounds:].tolist(), work[dealt[rounds:]].tolist(), strict=True):
+    loads = [(0.0, program) for program in range(programs)]
+    for tile, more in zip(dealt.tolist(), work[dealt].tolist(), strict=True):
         total, program = loads[0]
         owner[tile] = program
         heapq.heapreplace(loads, (total + more, program))
