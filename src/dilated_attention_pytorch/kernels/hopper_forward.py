@@ -33,6 +33,7 @@ from .hopper_producer import (
     HEAD_DIMS,
     INT32,
     MAX_BRANCHES,
+    ROWS,
     Spec,
     allocate,
     field,
@@ -129,16 +130,17 @@ def _mask(spec: gl.constexpr, s, record, row, column, v, v_full, phase):
     layout: gl.constexpr = row.type.layout
     away = gl.zeros([64], gl.float32, layout)
     if flags != 0:
-        low = field(record, 1)
-        high = field(record, 2)
         ahead = field(record, 3) + spec.stride * row
-        rate = field(record, 4)
-        member = (row >= field(record, 5)) & (row < field(record, 6)) & (ahead % rate == 0)
-        away = gl.where(member, 0.0, float("inf"))
+        high = field(record, 2)
+        if flags & ROWS:
+            member = (row >= field(record, 5)) & (row < field(record, 6)) & (ahead % field(record, 4) == 0)
+            away = gl.where(member, 0.0, float("inf"))
         if flags & COLUMNS:
+            low = field(record, 1)
             if spec.causal:
-                # Exact for the rows that take part.
-                limit = gl.minimum(ahead // rate, high)
+                # Exact for the rows that take part: their quotient is whole, or far beyond the block. No division.
+                keys = ahead.to(gl.float32) * (1.0 / field(record, 4).to(gl.float32))
+                limit = gl.minimum((gl.maximum(keys, -1.0) + 1.5).to(gl.int32) - 1, high)
                 s = gl.where((column >= low)[None, :] & (column[None, :] <= limit[:, None]), s, -float("inf"))
             else:
                 s = gl.where(((column >= low) & (column <= high))[None, :], s, -float("inf"))
@@ -267,8 +269,19 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
         s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), (block // stages) & 1)
         mbarrier.arrive(k_empty.index(stage), count=1)
-        sums, rest, p = _wait_values(spec, sums, rest, p)
+        p32, new_m = _softmax(s, away, lowest, scale_log2)
+        new_total = gl.sum(p32, 1)
+        if spec.pin:
+            if spec.pin == 2:
+                mbarrier.wait(v_full.index(stage_v), phase_v)
+            if spec.second:
+                sums, rest, p, p32 = warpgroup_mma_wait(0, deps=[sums, rest, p, p32])
+            else:
+                sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
+        else:
+            sums, rest, p = _wait_values(spec, sums, rest, p)
         mbarrier.arrive(v_empty.index(stage_v), count=1)
+        p = gl.convert_layout(p32.to(element), p_layout)
 
         normaliser = gl.where(total == 0, -float("inf"), (m + gl.log2(total)) * 0.6931471805599453)
         factor = gl.where(total == 0, 0.0, 1.0 / total)
@@ -320,9 +333,8 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         rows = field(next_tile, 1)
         first_row = field(next_tile, 2)
         head = field(next_tile, 3)
-        p32, m = _softmax(s, away, lowest, scale_log2)
-        total = gl.sum(p32, 1)
-        p = gl.convert_layout(p32.to(element), p_layout)
+        m = new_m
+        total = new_total
     tma.store_wait(0)
 
 
