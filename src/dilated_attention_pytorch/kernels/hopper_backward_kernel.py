@@ -194,7 +194,8 @@ def _load_branch(
             _put(info, 0, segment * W)
             _put(info, 1, W)
             _put(info, 2, R)
-            _put(info, 3, (segment * W + _offset(P, R, head)) % R)
+            # Where the class stride separates the rate, a tile that has a run has keys of its residue alone.
+            _put(info, 3, (segment * W + _offset(P, R, head)) % R if COMMON != R else -1)
             _put(info, 4, here)
             _put(info, 5, low)
             _put(info, 6, high)
@@ -316,6 +317,38 @@ def _writer(P: gl.constexpr, dq_ds, dq_s, info_s, tile_s, bars, query_head0):
 
 
 @gluon.jit
+def _first_query(P: gl.constexpr, G: gl.constexpr, info, tile_s, anchor, rows_l: gl.constexpr):
+    """For each of a warpgroup's keys the first query of the block that attends to it, far behind it if none does."""
+    base = _get(info, 0, 4)
+    rate = _get(info, 2, 4)
+    kept = _get(info, 3, 4)
+    number = gl.arange(0, 64, rows_l) + (anchor + 64 * G)
+    position = _get(tile_s, 3, 4) + number * P[6]
+    met = (number < _get(tile_s, 2, 4)) & (position >= base) & (position - base < _get(info, 1, 4))
+    if kept >= 0:
+        met = met & (position % rate == kept)
+    first = gl.zeros([64], gl.int32, rows_l)
+    if P[8]:
+        # Whole for keys that are met, or far behind the block. No division.
+        ahead = (position - _get(info, 4, 4)).to(gl.float32) * (1.0 / rate.to(gl.float32))
+        first = (gl.maximum(ahead, 0.0) + 0.5).to(gl.int32)
+    return gl.where(met, first, 2147483647)
+
+
+@gluon.jit
+def _clear(P: gl.constexpr, G: gl.constexpr, low, high, q, do, token):
+    """Zero the rows of a block that are not the run's: they may hold anything, and 0 * NaN is NaN."""
+    DP: gl.constexpr = P[3]
+    r_l: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
+    line = gl.arange(0, P[4], gl.SliceLayout(1, r_l))
+    mine = do if G else q
+    rest = mine.load(r_l)
+    mine.store(gl.where(((line >= low) & (line < high))[:, None], rest, gl.zeros_like(rest)))
+    fence_async_shared()
+    return _meet_pair(token)
+
+
+@gluon.jit
 def _block(
     P: gl.constexpr, G: gl.constexpr, MASKED: gl.constexpr, it, dk, dv, token, scale_log2, k_s, v_s, q_s, do_s,
     ds_s, dq_s, row_s, info_s, tile_s, bars,
@@ -332,60 +365,35 @@ def _block(
     q_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     a_l: gl.constexpr = gl.DotOperandLayout(0, d_l, 2)
     query_l: gl.constexpr = gl.SliceLayout(0, s_l)
-    key_l: gl.constexpr = gl.SliceLayout(1, s_l)
     stage = it % STAGES
     phase = (it // STAGES) & 1
     mbarrier.wait(q_full.index(stage), phase)
     if MASKED:
         mbarrier.wait(do_full.index(stage), phase)
         info = info_s.index(it % 4)
-        base = _get(info, 0, 4)
-        width = _get(info, 1, 4)
-        rate = _get(info, 2, 4)
-        kept = _get(info, 3, 4)
-        query0 = _get(info, 4, 4)
         low = _get(info, 5, 4)
         high = _get(info, 6, 4)
         if _get(info, 7, 4) > 0:
-            # Rows that are not the run's may hold anything, and 0 * NaN is NaN: clear them.
-            r_l: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
-            line = gl.arange(0, BQ, gl.SliceLayout(1, r_l))
-            mine = do_s if G else q_s
-            rest = mine.index(stage).load(r_l)
-            rest = gl.where(((line >= low) & (line < high))[:, None], rest, gl.zeros([BQ, DP], dtype, r_l))
-            mine.index(stage).store(rest)
-            fence_async_shared()
-            token = _meet_pair(token)
-        number = gl.arange(0, 64, key_l) + 64 * G
-        key_position = _get(tile_s, 3, 4) + number * P[6]
-        met = (
-            (number < _get(tile_s, 2, 4))
-            & (key_position >= base)
-            & (key_position - base < width)
-            & (key_position % rate == kept)
-        )
-        key_position = gl.where(met, key_position, 2147483647)
-        query_position = gl.arange(0, BQ, query_l) * rate + query0
-        if P[8] == 0:
-            query_position = gl.full([BQ], 2147483646, gl.int32, query_l)
-        allowed = key_position[:, None] <= query_position[None, :]
+            token = _clear(P, G, low, high, q_s.index(stage), do_s.index(stage), token)
     anchor = _zero(it)
     zero_s = gl.zeros([64, BQ], gl.float32, s_l)
     s = warpgroup_mma(k_s.index(anchor + G), q_s.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
     mbarrier.wait(do_full.index(stage), phase)
     dp = warpgroup_mma(v_s.index(anchor + G), do_s.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
     lse = row_s.index(stage).slice(0, BQ).load(query_l)
+    if MASKED:
+        first = _first_query(P, G, info, tile_s, anchor, gl.SliceLayout(1, s_l))
     s = warpgroup_mma_wait(1, deps=[s])
     p = gl.exp2(s * scale_log2 - lse[None, :])
     if MASKED:
-        p = gl.where(allowed, p, 0.0)
+        p = gl.where(first[:, None] <= (gl.arange(0, BQ, query_l) + anchor)[None, :], p, 0.0)
     p_half = gl.convert_layout(p.to(dtype), a_l)
     delta = row_s.index(stage).slice(BQ, BQ).load(query_l)
     dp = warpgroup_mma_wait(0, deps=[dp])
     dv = warpgroup_mma(p_half, do_s.index(stage), dv, is_async=True)
     ds = p * (dp - delta[None, :])
     if MASKED:
-        ds = gl.where(allowed, ds, 0.0)
+        ds = gl.where(p == 0, 0.0, ds)
     ds_half = ds.to(dtype)
     ds_operand = gl.convert_layout(ds_half, a_l)
     buffer = (it & 1) * 2
