@@ -334,6 +334,7 @@ def _language():
     gl.sum = lambda x, axis: x.sum(axis, dtype=x.dtype)
     gl.exp2, gl.log2, gl.exp, gl.log = torch.exp2, torch.log2, torch.exp, torch.log
     gl.convert_layout = lambda x, layout: x
+    gl.split = lambda x: x.unbind(-1)
     gl.program_id = lambda axis: _program.number
     gl.load, gl.store, gl.atomic_add = _load, _store, _atomic_add
     gl.thread_barrier = lambda: None

@@ -250,8 +250,10 @@ def _launches(
                 heads, kv_heads, d, padded, block, stages, own, stride, is_causal, interleaved, some_segments,
                 some_rates, number > 0,
             )  # fmt: skip
+            commons = tuple(math.gcd(r, own) for r in some_rates)
+            inverses = tuple(pow(own // c, -1, r // c) for r, c in zip(some_rates, commons, strict=True))
             arguments = (
-                constants, tuple(math.gcd(r, own) for r in some_rates),
+                constants, commons, inverses,
                 _view(1, key, strides.key, dtype, own, 64, padded, batches * key_rows),
                 _view(2, key, strides.value, dtype, own, 64, padded, batches * key_rows),
                 *(_view(0, query, strides.query, dtype, r, block, padded, total) for r in some_rates), *spare,

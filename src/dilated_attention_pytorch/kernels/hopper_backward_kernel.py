@@ -27,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_producer import is_member, members
+
 KEY_ROWS = 128
 """Key rows of a tile; a caller's cells span at most this many times the class stride."""
 MAX_BRANCHES = 8
@@ -155,8 +157,8 @@ def _branch_blocks(
 
 @gluon.jit
 def _load_branch(
-    P: gl.constexpr, BRANCH: gl.constexpr, COMMON: gl.constexpr, clean, q_d, do_d, sums, q_s, do_s, row_s, info_s,
-    q_full, do_full, empty, head, first, rows, begin, end, flat0, total, it,
+    P: gl.constexpr, BRANCH: gl.constexpr, COMMON: gl.constexpr, INVERSE: gl.constexpr, clean, q_d, do_d, sums, q_s,
+    do_s, row_s, info_s, q_full, do_full, empty, head, first, rows, begin, end, flat0, total, it,
 ):  # fmt: skip
     """Load the masked (clean = 0) or the other blocks of one branch, tell consumers and writer where they lie."""
     BQ: gl.constexpr = P[4]
@@ -170,6 +172,7 @@ def _load_branch(
         count, position, blocks, edges, split = _run(
             P, W, R, COMMON, head, segment, first, rows, begin, end, flat0, total
         )
+        taking_part = members(R // COMMON, INVERSE, (first - segment * W - _offset(P, R, head)) // COMMON)
         for j in range(gl.where(clean > 0, edges, 0), gl.where(clean > 0, blocks, edges)):
             # The last block ends with the run's last row; rows that an earlier block had are masked by lse = inf.
             start = gl.where(split, j * (count - 1), gl.maximum(gl.minimum(j * BQ, count - BQ), 0))
@@ -194,8 +197,7 @@ def _load_branch(
             _put(info, 0, segment * W)
             _put(info, 1, W)
             _put(info, 2, R)
-            # Where the class stride separates the rate, a tile that has a run has keys of its residue alone.
-            _put(info, 3, (segment * W + _offset(P, R, head)) % R if COMMON != R else -1)
+            _put(info, 3, taking_part)
             _put(info, 4, here)
             _put(info, 5, low)
             _put(info, 6, high)
@@ -213,8 +215,8 @@ def _load_branch(
 
 @gluon.jit
 def _producer(
-    P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q_ds, do_ds, sums, cells, tiles, starts, cell_count,
-    query_rows, key_rows, batches, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars,
+    P: gl.constexpr, COMMONS: gl.constexpr, INVERSES: gl.constexpr, k_d, v_d, q_ds, do_ds, sums, cells, tiles, starts,
+    cell_count, query_rows, key_rows, batches, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars,
 ):  # fmt: skip
     DP: gl.constexpr = P[3]
     STRIDE: gl.constexpr = P[6]
@@ -271,8 +273,8 @@ def _producer(
             head_sums = sums + (batch * P[0] + head).to(gl.int64) * query_rows + other
             for i in gl.static_range(len(RATES)):
                 it = _load_branch(
-                    P, i, COMMONS[i], part // GROUP, q_ds[i], do_ds[i], head_sums, q_s, do_s, row_s, info_s,
-                    q_full, do_full, empty, head, first, rows, begin, end, flat0, total, it,
+                    P, i, COMMONS[i], INVERSES[i], part // GROUP, q_ds[i], do_ds[i], head_sums, q_s, do_s, row_s,
+                    info_s, q_full, do_full, empty, head, first, rows, begin, end, flat0, total, it,
                 )  # fmt: skip
         at += 1
     mbarrier.wait(kv_empty, (turn & 1) ^ 1)
@@ -321,12 +323,12 @@ def _first_query(P: gl.constexpr, G: gl.constexpr, info, tile_s, anchor, rows_l:
     """For each of a warpgroup's keys the first query of the block that attends to it, far behind it if none does."""
     base = _get(info, 0, 4)
     rate = _get(info, 2, 4)
-    kept = _get(info, 3, 4)
+    taking_part = _get(info, 3, 4)
     number = gl.arange(0, 64, rows_l) + (anchor + 64 * G)
     position = _get(tile_s, 3, 4) + number * P[6]
     met = (number < _get(tile_s, 2, 4)) & (position >= base) & (position - base < _get(info, 1, 4))
-    if kept >= 0:
-        met = met & (position % rate == kept)
+    if taking_part != 256:
+        met = met & is_member(taking_part, number)
     first = gl.zeros([64], gl.int32, rows_l)
     if P[8]:
         # Whole for keys that are met, or far behind the block. No division.
@@ -555,9 +557,9 @@ _INTEGERS = [
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
-    P: gl.constexpr, COMMONS: gl.constexpr, k_d, v_d, q0, q1, q2, q3, q4, q5, q6, q7, do0, do1, do2, do3, do4,
-    do5, do6, do7, dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7, key, value, dk_out, dv_out, sums, cells, tiles,
-    starts, cell_count, query_rows, key_rows, batches, head0, query_head0, key_stride,
+    P: gl.constexpr, COMMONS: gl.constexpr, INVERSES: gl.constexpr, k_d, v_d, q0, q1, q2, q3, q4, q5, q6, q7, do0, do1,
+    do2, do3, do4, do5, do6, do7, dq0, dq1, dq2, dq3, dq4, dq5, dq6, dq7, key, value, dk_out, dv_out, sums, cells,
+    tiles, starts, cell_count, query_rows, key_rows, batches, head0, query_head0, key_stride,
     key_head_stride, value_stride, value_head_stride, scale_log2, scale, CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -570,7 +572,7 @@ def backward_kernel(
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
         (_consumer, (P, 1, scale_log2, scale, key, value, dk_out, dv_out, key_stride, key_head_stride, value_stride,
          value_head_stride, k_s, v_s, q_s, do_s, ds_s, dq_s, row_s, info_s, tile_s, out_s, bars)),
-        (_producer, (P, COMMONS, k_d, v_d, q_ds, do_ds, sums, cells, tiles, starts, cell_count, query_rows,
-         key_rows, batches, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars)),
+        (_producer, (P, COMMONS, INVERSES, k_d, v_d, q_ds, do_ds, sums, cells, tiles, starts, cell_count,
+         query_rows, key_rows, batches, head0, k_s, v_s, q_s, do_s, row_s, info_s, tile_s, bars)),
         (_writer, (P, dq_ds, dq_s, info_s, tile_s, bars, query_head0)),
     ], [4, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

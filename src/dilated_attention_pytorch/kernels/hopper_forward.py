@@ -37,6 +37,7 @@ from .hopper_producer import (
     Spec,
     allocate,
     field,
+    is_member,
     load_rows,
     place_of,
     producer,
@@ -100,12 +101,21 @@ def _values(spec: gl.constexpr, p, v, sums, rest, rest_layout: gl.constexpr):
 
 
 @gluon.jit
-def _wait_values(spec: gl.constexpr, sums, rest, p):
-    if spec.second:
+def _wait_values(spec: gl.constexpr, sums, rest, p, p32, v_full, phase):
+    """Wait for the product of values; ``p32`` are the next block's probabilities."""
+    if spec.pin:
+        # Names these probabilities, so that the wait stays behind them; the barrier keeps it there in ptxas.
+        if spec.pin == 2:
+            mbarrier.wait(v_full, phase)
+        if spec.second:
+            sums, rest, p, p32 = warpgroup_mma_wait(0, deps=[sums, rest, p, p32])
+        else:
+            sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
+    elif spec.second:
         sums, rest, p = warpgroup_mma_wait(0, deps=[sums, rest, p])
     else:
         sums, p = warpgroup_mma_wait(0, deps=[sums, p])
-    return sums, rest, p
+    return sums, rest, p, p32
 
 
 @gluon.jit
@@ -133,7 +143,7 @@ def _mask(spec: gl.constexpr, s, record, row, column, v, v_full, phase):
         ahead = field(record, 3) + spec.stride * row
         high = field(record, 2)
         if flags & ROWS:
-            member = (row >= field(record, 5)) & (row < field(record, 6)) & (ahead % field(record, 4) == 0)
+            member = (row >= field(record, 5)) & (row < field(record, 6)) & is_member(field(record, 7), row)
             away = gl.where(member, 0.0, float("inf"))
         if flags & COLUMNS:
             low = field(record, 1)
@@ -151,9 +161,17 @@ def _mask(spec: gl.constexpr, s, record, row, column, v, v_full, phase):
 
 
 @gluon.jit
+def _largest(s, m):
+    """Largest score of each row: of pairs first, because one chain through all of a thread's scores takes long."""
+    layout: gl.constexpr = m.type.layout
+    even, odd = gl.split(s.reshape([64, s.shape[1] // 2, 2]))
+    return gl.convert_layout(gl.max(gl.maximum(even, odd), 1), layout)
+
+
+@gluon.jit
 def _softmax(s, away, m, scale_log2):
     """Probabilities of a block against the new maximum, and that maximum: both as before where ``away`` is infinite."""
-    new = gl.where(away == 0, gl.maximum(m, gl.max(s, 1) * scale_log2), m)
+    new = gl.where(away == 0, gl.maximum(m, _largest(s, m) * scale_log2), m)
     return gl.exp2(s * scale_log2 - (new + away)[:, None]), new
 
 
@@ -198,7 +216,8 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
     p32, m = _softmax(s, away, lowest, scale_log2)
     total = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(element), p_layout)
-    block = 0
+    held = 0  # the stage whose values wait for their product, and its phase
+    held_phase = 0
     turn = 0
     while blocks > 0:
         buffer = turn & 1
@@ -215,73 +234,59 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
             mbarrier.expect(o_full, 64 * spec.padded * 2)
             load_rows(spec, 64, out_desc, j, x, head, o_full, o_s)
         for _ in range(1, blocks):
-            stage_v = block % stages
-            phase_v = (block // stages) & 1
-            block += 1
-            stage = block % stages
-            mbarrier.wait(k_full.index(stage), (block // stages) & 1)
+            stage = gl.where(held == stages - 1, 0, held + 1)
+            phase = gl.where(held == stages - 1, held_phase ^ 1, held_phase)
+            mbarrier.wait(k_full.index(stage), phase)
             token = _turn(spec, token, warpgroup, False)
             s = _scores(spec, q, k_s.index(stage), zeros)
-            record = read_record(block_s.index(block % (2 * stages)), 4)
-            mbarrier.wait(v_full.index(stage_v), phase_v)
-            sums, rest = _values(spec, p, v_s.index(stage_v), sums, rest, pr_layout)
+            record = read_record(block_s.index(stage + stages * phase), 4)
+            mbarrier.wait(v_full.index(held), held_phase)
+            sums, rest = _values(spec, p, v_s.index(held), sums, rest, pr_layout)
             token = _turn(spec, token, 1 - warpgroup, True)
             s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
-            s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), (block // stages) & 1)
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), phase)
+            if stages == 2:
+                mbarrier.arrive(k_empty.index(stage), count=1)
             p32, new = _softmax(s, away, m, scale_log2)
             decay = gl.exp2(m - new)
             total = total * decay + gl.sum(p32, 1)
             m = new
-            if spec.pin:
-                # Names the probabilities, so that the wait stays behind them; the barrier keeps it there in ptxas.
-                if spec.pin == 2:
-                    mbarrier.wait(v_full.index(stage_v), phase_v)
-                if spec.second:
-                    sums, rest, p, p32 = warpgroup_mma_wait(0, deps=[sums, rest, p, p32])
-                else:
-                    sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
-            else:
-                sums, rest, p = _wait_values(spec, sums, rest, p)
-            mbarrier.arrive(v_empty.index(stage_v), count=1)
+            sums, rest, p, p32 = _wait_values(spec, sums, rest, p, p32, v_full.index(held), held_phase)
+            if stages > 2:
+                mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(v_empty.index(held), count=1)
             p = gl.convert_layout(p32.to(element), p_layout)
             sums = sums * gl.convert_layout(decay, o_rows)[:, None]
             if spec.second:
                 rest = rest * gl.convert_layout(decay, r_rows)[:, None]
+            held = stage
+            held_phase = phase
         mbarrier.arrive(q_empty.index(buffer), count=1)
 
         # The next tile's first scores run beside this tile's last values.
         turn += 1
         next_buffer = turn & 1
-        stage_v = block % stages
-        phase_v = (block // stages) & 1
-        block += 1
-        stage = block % stages
+        stage_n = gl.where(held == stages - 1, 0, held + 1)
+        phase_n = gl.where(held == stages - 1, held_phase ^ 1, held_phase)
         mbarrier.wait(q_full.index(next_buffer), (turn >> 1) & 1)
         next_tile = read_record(tile_s.index(next_buffer), 4)
-        mbarrier.wait(k_full.index(stage), (block // stages) & 1)
+        mbarrier.wait(k_full.index(stage_n), phase_n)
         token = _turn(spec, token, warpgroup, False)
-        s = _scores(spec, q_s.index(2 * next_buffer + warpgroup), k_s.index(stage), zeros)
-        record = read_record(block_s.index(block % (2 * stages)), 4)
-        mbarrier.wait(v_full.index(stage_v), phase_v)
-        sums, rest = _values(spec, p, v_s.index(stage_v), sums, rest, pr_layout)
+        s = _scores(spec, q_s.index(2 * next_buffer + warpgroup), k_s.index(stage_n), zeros)
+        record = read_record(block_s.index(stage_n + stages * phase_n), 4)
+        mbarrier.wait(v_full.index(held), held_phase)
+        sums, rest = _values(spec, p, v_s.index(held), sums, rest, pr_layout)
         token = _turn(spec, token, 1 - warpgroup, True)
         s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
-        s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), (block // stages) & 1)
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        s, away = _mask(spec, s, record, row, column, v_s.index(stage_n), v_full.index(stage_n), phase_n)
+        mbarrier.arrive(k_empty.index(stage_n), count=1)
         p32, new_m = _softmax(s, away, lowest, scale_log2)
         new_total = gl.sum(p32, 1)
-        if spec.pin:
-            if spec.pin == 2:
-                mbarrier.wait(v_full.index(stage_v), phase_v)
-            if spec.second:
-                sums, rest, p, p32 = warpgroup_mma_wait(0, deps=[sums, rest, p, p32])
-            else:
-                sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
-        else:
-            sums, rest, p = _wait_values(spec, sums, rest, p)
-        mbarrier.arrive(v_empty.index(stage_v), count=1)
+        sums, rest, p, p32 = _wait_values(spec, sums, rest, p, p32, v_full.index(held), held_phase)
+        mbarrier.arrive(v_empty.index(held), count=1)
         p = gl.convert_layout(p32.to(element), p_layout)
+        held = stage_n
+        held_phase = phase_n
 
         normaliser = gl.where(total == 0, -float("inf"), (m + gl.log2(total)) * 0.6931471805599453)
         factor = gl.where(total == 0, 0.0, 1.0 / total)

@@ -55,6 +55,18 @@ class Spec:
         """Greatest common divisors of the rates and the class stride."""
         return tuple(math.gcd(rate, self.stride) for rate in self.rates)
 
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Distance, in rows of a tile, of those that take part in a branch."""
+        return tuple(rate // common for rate, common in zip(self.rates, self.commons, strict=True))
+
+    @property
+    def inverses(self) -> tuple[int, ...]:
+        """Of the class stride over the common divisor, modulo the period."""
+        return tuple(
+            pow(self.stride // common, -1, period) for common, period in zip(self.commons, self.periods, strict=True)
+        )
+
 
 # ---------------------------------------------------------------------------------------------------- small tools
 
@@ -89,6 +101,30 @@ def place_of(row, rate: gl.constexpr, remainder):
     x = row - j * rate
     later = (x < remainder) & (j > 0)
     return gl.where(later, j - 1, j), gl.where(later, x + rate, x)
+
+
+@gluon.jit
+def members(period: gl.constexpr, inverse: gl.constexpr, ahead):
+    """``256 * period + first`` of the rows i of a tile that take part: ``ahead + stride * i`` is a multiple of a rate.
+
+    ``ahead`` comes divided by the common divisor of rate and stride. A tile has fewer than 255 rows.
+    """
+    if period == 1:
+        packed = gl.to_tensor(256)
+    else:
+        capped: gl.constexpr = period if period < 255 else 255
+        first = ((period - ahead % period) * gl.to_tensor(inverse).to(gl.int64) % period).to(gl.int32)
+        packed = capped * 256 + gl.minimum(first, 255)
+    return packed
+
+
+@gluon.jit
+def is_member(packed, row):
+    """Whether rows of a tile take part, see `members`. No division."""
+    period = packed // 256
+    behind = row - packed % 256
+    times = (behind.to(gl.float32) * (1.0 / period.to(gl.float32)) + 0.01).to(gl.int32)
+    return (behind >= 0) & (times * period == behind)
 
 
 @gluon.jit
@@ -172,15 +208,18 @@ def _run(spec: gl.constexpr, length: gl.constexpr, rate: gl.constexpr, common: g
 
 
 @gluon.jit
-def _produce_run(spec: gl.constexpr, rate: gl.constexpr, common: gl.constexpr, k_desc, v_desc, shared,
+def _produce_run(spec: gl.constexpr, branch: gl.constexpr, k_desc, v_desc, shared,
                  count, first_key, row_begin, row_end, rows, position, head, key_row, key_rows, block, plan_empty,
                  ask):  # fmt: skip
     _, k_s, v_s, block_s, _, _, _, k_full, k_empty, v_full, v_empty = shared
+    rate: gl.constexpr = spec.rates[branch]
+    common: gl.constexpr = spec.commons[branch]
     size: gl.constexpr = spec.keys * spec.padded * 2
     kv_head = head // spec.group
     remainder = key_rows % rate
     ahead = position - first_key
     blocks = (count + spec.keys - 1) // spec.keys
+    taking_part = members(spec.periods[branch], spec.inverses[branch], ahead // common)
     some_rows = (row_begin > 0) | (row_end < rows)
     if common != rate:
         some_rows = blocks > 0
@@ -203,7 +242,7 @@ def _produce_run(spec: gl.constexpr, rate: gl.constexpr, common: gl.constexpr, k
         mbarrier.wait(k_empty.index(stage), phase)
         write_record(
             block_s.index(block % (2 * spec.stages)),
-            flags, low, high, ahead - rate * start, rate, row_begin, row_end, 0,
+            flags, low, high, ahead - rate * start, rate, row_begin, row_end, taking_part,
         )  # fmt: skip
         mbarrier.expect(k_full.index(stage), size)
         load_rows(spec, spec.keys, k_desc, j, x, kv_head, k_full.index(stage), k_s.index(stage))
@@ -322,7 +361,7 @@ def producer(spec: gl.constexpr, q_desc, k_descs, v_descs, shared, plans, query_
                     position, rows, head, begin, end,
                 )  # fmt: skip
                 block = _produce_run(
-                    spec, spec.rates[i // 2], spec.commons[i // 2], k_descs[i // 2], v_descs[i // 2], shared,
+                    spec, i // 2, k_descs[i // 2], v_descs[i // 2], shared,
                     count, first_key, row_begin, row_end, rows, position, head, key_row, key_total, block,
                     plans[2], ask,
                 )  # fmt: skip

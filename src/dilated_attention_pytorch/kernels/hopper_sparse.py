@@ -94,7 +94,7 @@ def _list_producer(spec: gl.constexpr, q_desc, k_desc, v_desc, shared, plans, re
                 mbarrier.wait(k_empty.index(stage), phase)
                 write_record(
                     block_s.index(block % (2 * spec.stages)),
-                    keys // 65536, keys % 256, keys // 256 % 256, ahead, 1, members % 256, members // 256, 0,
+                    keys // 65536, keys % 256, keys // 256 % 256, ahead, 1, members % 256, members // 256, 256,
                 )  # fmt: skip
                 mbarrier.expect(k_full.index(stage), size)
                 load_rows(spec, spec.keys, k_desc, key_row, 0, kv_head, k_full.index(stage), k_s.index(stage))

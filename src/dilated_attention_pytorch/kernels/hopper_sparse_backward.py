@@ -125,7 +125,7 @@ def _list_producer(
                 _put(info, 0, first + left)
                 _put(info, 1, right - left)
                 _put(info, 2, 1)
-                _put(info, 3, -1)
+                _put(info, 3, 256)
                 _put(info, 4, position)
                 _put(info, 5, 0)
                 _put(info, 6, high)
