@@ -32,13 +32,13 @@ DOCUMENTS = {
 @pytest.mark.parametrize("given", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_a_tile_meets_the_rows_that_its_own_attend_to(pattern, given, side, is_causal):
-    (query_rows, bounds), stride, classes = given, 2, 4
+    (query_rows, bounds), stride = given, 4
     dilated = DilatedPattern(*pattern)
     shape = Shape(1, query_rows, bounds[-1], HEADS, HEADS, 8, 8)
     documents = tuple(Document(0, 1, low, high - low, 0, high - low) for low, high in itertools.pairwise(bounds))
-    table = cells(dilated, shape, documents, TILE_ROWS * classes, side)
+    table = cells(dilated, shape, documents, TILE_ROWS * stride, side)
     blocks = met_blocks(
-        table, side=side, heads=HEADS, stride=stride, classes=classes, segment_lengths=pattern[0],
+        table, side=side, heads=HEADS, stride=stride, segment_lengths=pattern[0],
         dilation_rates=pattern[1], interleaved=False, is_causal=is_causal, tile_rows=TILE_ROWS, block_rows=1,
     )  # fmt: skip
     position, document = torch.zeros(2, bounds[-1], dtype=torch.int64)
@@ -51,7 +51,7 @@ def test_a_tile_meets_the_rows_that_its_own_attend_to(pattern, given, side, is_c
     exact = all(rate % stride == 0 or rate == 1 for rate in pattern[1]) and not is_causal
     for head, cell, place in np.ndindex(*blocks.shape):
         _, row, _, rows = table[cell, :4]
-        first = place % stride + place // stride * TILE_ROWS * stride
+        first = place
         own = [row + first + stride * i for i in range(TILE_ROWS) if first + stride * i < rows]
         assert (blocks[head, cell, place] < 0) == (not own)
         covered[head, own] += 1

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..patterns.tiles import class_stride
+from ..patterns.tiles import branch_groups, class_stride, part_of
 from .problem import Problem
-from .tables import LONGEST, capability, covered, longest_position, outside, tiles
+from .tables import LONGEST, capability, covered, groups, longest_position, outside
 from .triton import zero_keys_arguments
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def unsupported(problem: Problem, *, backward: bool = False, grad_lse: bool = Fa
     longest = longest_position(problem)
     if longest > LONGEST:
         return f"the kernels count positions up to 2^30, and they reach {longest}"
-    rates = (*pattern.dilation_rates, class_stride(pattern, _BLOCK, longest))
+    parts = branch_groups(pattern, _BLOCK, longest, is_causal=options.is_causal)
+    rates = {*pattern.dilation_rates, *(class_stride(part_of(pattern, part), _BLOCK, longest) for part in parts)}
     for rows in {shape.batch * shape.query_rows, shape.batch * shape.key_rows}:
         for rate in rates:
             if rows < rate or (rows % rate and rows // rate < _BLOCK):
@@ -136,15 +137,11 @@ def forward(
     """(out (B, Nq, H, D), lse (B, Nq, H))."""
     from ..kernels import hopper_forward
 
-    table, stride = tiles(problem, _BLOCK, "query")
     out, lse = hopper_forward.forward(
         _ready(query),
         _ready(key),
         _ready(value),
-        cells=table,
-        stride=stride,
-        segment_lengths=problem.pattern.segment_lengths,
-        dilation_rates=problem.pattern.dilation_rates,
+        groups=groups(problem, _BLOCK, "query"),
         interleaved=problem.pattern.head_offsets == "interleaved",
         is_causal=problem.options.is_causal,
         scale=problem.options.scale,
@@ -175,7 +172,6 @@ def backward(
     """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
     from ..kernels import hopper_backward
 
-    table, stride = tiles(problem, _BLOCK, "key")
     return hopper_backward.backward(
         _ready(grad_out),
         grad_lse,
@@ -184,10 +180,7 @@ def backward(
         _ready(value),
         out,
         lse,
-        cells=table,
-        stride=stride,
-        segment_lengths=problem.pattern.segment_lengths,
-        dilation_rates=problem.pattern.dilation_rates,
+        groups=groups(problem, _BLOCK, "key"),
         interleaved=problem.pattern.head_offsets == "interleaved",
         is_causal=problem.options.is_causal,
         scale=problem.options.scale,

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels.schedule import Cells
+from ..kernels.schedule import Cells, Group
 from ..patterns import DilatedPattern
-from ..patterns.tiles import cells, class_stride
+from ..patterns.tiles import branch_groups, cells, class_stride, part_of
 from ..types import Document, Shape
 from .problem import Problem
 
@@ -71,6 +71,19 @@ def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[
     stride = class_stride(problem.pattern, block, longest_position(problem))
     table = cell_table(problem.pattern, problem.shape, problem.documents, block * stride, side, problem.device)
     return table, stride
+
+
+@lru_cache(maxsize=64)
+def groups(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Group, ...]:
+    """Groups of branches that have tiles of their own; all rows lie in cells of each."""
+    longest = longest_position(problem)
+    found = []
+    for group in branch_groups(problem.pattern, block, longest, is_causal=problem.options.is_causal):
+        part = part_of(problem.pattern, group)
+        stride = class_stride(part, block, longest)
+        table = cell_table(part, problem.shape, problem.documents, block * stride, side, problem.device)
+        found.append(Group(part.segment_lengths, part.dilation_rates, stride, table))
+    return tuple(found)
 
 
 @lru_cache(maxsize=256)

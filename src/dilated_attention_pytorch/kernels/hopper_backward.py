@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_backward_kernel import KEY_ROWS, LONGEST, MAX_BRANCHES, backward_kernel
 from .launch import Address, Launch, View
-from .schedule import TILE_COST, Cells, deal, met_blocks
+from .schedule import TILE_COST, Group, deal, met_blocks
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -119,42 +119,6 @@ def _ready(tensor: Tensor) -> bool:
     )
 
 
-@lru_cache(maxsize=64)
-def _branch_groups(
-    segments: tuple[int, ...], rates: tuple[int, ...], stride: int, is_causal: bool, longest: int
-) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """(class stride, branches) of each launch.
-
-    Without a causal mask one launch takes all branches. With one, a tile that spans much of a segment computes many
-    pairs in vain, so branches of small rates take tiles of a smaller stride (a divisor of ``stride``) in a launch of
-    their own; it pays where it saves more than a second pass over dK and dV costs.
-    """
-    branches = tuple(range(len(rates)))
-    if not is_causal:
-        return ((stride, branches),)
-
-    def cost(own: int, group: tuple[int, ...]) -> float:
-        total = 0.0
-        for i in group:
-            w = min(segments[i], longest)
-            total += math.gcd(rates[i], own) ** -1 * (w + KEY_ROWS * own) / rates[i] / 2
-        return total + 64
-
-    divisors = [d for d in range(1, stride + 1) if stride % d == 0]
-
-    def best(group: tuple[int, ...]) -> tuple[float, int]:
-        return min((cost(own, group), own) for own in divisors)
-
-    one = best(branches)
-    choices: list[tuple[float, tuple[tuple[int, tuple[int, ...]], ...]]] = [(one[0], ((one[1], branches),))]
-    ordered = sorted(branches, key=lambda i: rates[i])
-    for cut in range(1, len(ordered)):
-        low, high = tuple(sorted(ordered[:cut])), tuple(sorted(ordered[cut:]))
-        a, b = best(low), best(high)
-        choices.append((a[0] + b[0], ((a[1], low), (b[1], high))))
-    return min(choices)[1]
-
-
 def _heads_per_pass(query: torch.Size, key: torch.Size, itemsize: int) -> int:
     """Key heads of one pass: all, or so many that the dQ sums of two passes take a fifth of the gradients' bytes.
 
@@ -198,13 +162,13 @@ class _Launches(NamedTuple):
 @lru_cache(maxsize=256)
 def _launches(
     query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
-    cells: Cells, stride: int, segment_lengths: tuple[int, ...], rates: tuple[int, ...], interleaved: bool,
-    is_causal: bool, scale: float,
+    groups: tuple[Group, ...], interleaved: bool, is_causal: bool, scale: float,
 ) -> _Launches:  # fmt: skip
     batches, query_rows, heads, d = query
     key_rows, kv_heads = key[1:3]
     padded = triton.next_power_of_2(d)
-    segments = tuple(min(w, LONGEST) for w in segment_lengths)
+    rates = {rate for part in groups for rate in part.dilation_rates}
+    cells = groups[0].cells
     total, group = batches * query_rows, heads // kv_heads
     rows = Launch(
         _row_kernel, triton.cdiv(query_rows, 64) * batches * heads,
@@ -222,24 +186,21 @@ def _launches(
     scratch_strides = (0, per_pass * group * d, d, 1)
     block, stages, registers = _tuning(padded)
     parts = []
-    for number, (own, branches) in enumerate(
-        _branch_groups(segments, rates, stride, is_causal, max(query_rows, key_rows))
-    ):
-        some_segments, some_rates = tuple(segments[i] for i in branches), tuple(rates[i] for i in branches)
+    for number, (lengths, some_rates, own, table) in enumerate(groups):
+        segments = tuple(min(w, LONGEST) for w in lengths)
         blocks = met_blocks(
-            cells.host, side="key", heads=heads, stride=own, classes=stride, segment_lengths=some_segments,
-            dilation_rates=some_rates, interleaved=interleaved, is_causal=is_causal, tile_rows=KEY_ROWS,
-            block_rows=block,
+            table.host, side="key", heads=heads, stride=own, segment_lengths=segments, dilation_rates=some_rates,
+            interleaved=interleaved, is_causal=is_causal, tile_rows=KEY_ROWS, block_rows=block,
         )  # fmt: skip
         blocks = blocks.reshape(kv_heads, group, *blocks.shape[1:])
         # What an earlier launch wrote stays as it is where this one has no queries.
         wanted = blocks.max(1) > 0 if number else blocks.min(1) >= 0
-        parts.append((number, own, some_segments, some_rates, blocks.sum(1) + TILE_COST, wanted))
+        parts.append((number, own, segments, some_rates, table, blocks.sum(1) + TILE_COST, wanted))
     passes = []
     for head0 in range(0, kv_heads, per_pass):
         count = min(per_pass, kv_heads - head0)
         gradients = []
-        for number, own, some_segments, some_rates, costs, wanted in parts:
+        for number, own, some_segments, some_rates, table, costs, wanted in parts:
             schedule = deal(
                 costs[head0 : head0 + count], wanted[head0 : head0 + count], _processors(device), device
             )  # fmt: skip
@@ -247,7 +208,7 @@ def _launches(
                 continue
             spare = [None] * (MAX_BRANCHES - len(some_rates))
             constants = (
-                heads, kv_heads, d, padded, block, stages, own, stride, is_causal, interleaved, some_segments,
+                heads, kv_heads, d, padded, block, stages, own, is_causal, interleaved, some_segments,
                 some_rates, number > 0,
             )  # fmt: skip
             commons = tuple(math.gcd(r, own) for r in some_rates)
@@ -260,8 +221,8 @@ def _launches(
                 *(_view(3, query, strides.grad_out, dtype, r, block, padded, total) for r in some_rates), *spare,
                 *(_view(7, scratch, scratch_strides, torch.float32, r, block, padded // 2, -(-total // r) * r)
                   for r in some_rates), *spare,
-                Address(1), Address(2), Address(4), Address(5), Address(6), cells.device,
-                schedule.tiles, schedule.starts, len(cells), query_rows, key_rows, batches, head0, head0 * group,
+                Address(1), Address(2), Address(4), Address(5), Address(6), table.device,
+                schedule.tiles, schedule.starts, len(table), query_rows, key_rows, batches, head0, head0 * group,
                 *strides.key[1:3], *strides.value[1:3], scale * math.log2(math.e), scale, *registers,
             )  # fmt: skip
             gradients.append(Launch(backward_kernel, schedule.programs, arguments, device, num_warps=4))
@@ -284,10 +245,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     *,
-    cells: Cells,
-    stride: int,
-    segment_lengths: tuple[int, ...],
-    dilation_rates: tuple[int, ...],
+    groups: tuple[Group, ...],
     interleaved: bool,
     is_causal: bool,
     scale: float,
@@ -297,12 +255,12 @@ def backward(
     Args:
         grad_out, out: (B, Nq, H, D); grad_lse, lse: (B, Nq, H) float32, natural logarithms.
         query: (B, Nq, H, D); key, value: (B, Nk, H_kv, D); `backends.gluon.unsupported` says which.
-        cells: `patterns.tiles.cells` of the key side, of at most 128 * ``stride`` rows each.
-        stride: class stride; a tile takes every ``stride``-th row of a cell.
+        groups: with cells of the key side of at most 128 * ``stride`` rows each, see `patterns.tiles`.
+        interleaved, is_causal, scale: as for the forward.
     """
     device = query.device
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-    if not len(cells) or not dq.numel():
+    if not len(groups[0].cells) or not dq.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     if not _ready(grad_out):
         grad_out = grad_out.contiguous()
@@ -311,8 +269,7 @@ def backward(
     launches = _launches(
         query.shape, key.shape,
         _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
-        query.dtype, device, grad_lse is not None, cells, stride, segment_lengths, dilation_rates, interleaved,
-        is_causal, scale,
+        query.dtype, device, grad_lse is not None, groups, interleaved, is_causal, scale,
     )  # fmt: skip
     batches, query_rows, heads = query.shape[:3]
     sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)

@@ -52,8 +52,8 @@ def _reduce_add(descriptor, coordinate, source, _semantic=None):
 
 
 # Constants of a kernel, one tuple P:
-# 0 H, 1 H_kv, 2 D, 3 padded D, 4 query rows of a block, 5 stages, 6 class stride, 7 tiles per cell and head,
-# 8 is_causal, 9 interleaved offsets, 10 segment lengths, 11 dilation rates, 12 add to dK and dV instead of writing
+# 0 H, 1 H_kv, 2 D, 3 padded D, 4 query rows of a block, 5 stages, 6 class stride, 7 is_causal,
+# 8 interleaved offsets, 9 segment lengths, 10 dilation rates, 11 add to dK and dV instead of writing
 
 
 @gluon.jit
@@ -91,7 +91,7 @@ def _as_4d(memory, ROWS: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr
 @gluon.jit
 def _offset(P: gl.constexpr, R: gl.constexpr, head):
     """Residue that a query head keeps."""
-    if P[9]:
+    if P[8]:
         return head % R
     else:
         return head // ((P[0] + R - 1) // R)
@@ -113,7 +113,7 @@ def _run(
     base = segment * W
     last = first + (rows - 1) * STRIDE
     low = gl.maximum(base, begin)
-    if P[8]:
+    if P[7]:
         low = gl.maximum(low, first)
     high = gl.minimum(base + W, end)
     start = gl.maximum(low - base - offset + R - 1, 0) // R
@@ -128,7 +128,7 @@ def _run(
     masked = (rows < 128) | (first < base) | (last >= base + W) | (count < BQ) | split
     if COMMON != R:
         masked = masked | True
-    if P[8]:  # noqa: SIM108
+    if P[7]:  # noqa: SIM108
         edges = gl.minimum((gl.maximum(last - position, 0) + R * BQ - 1) // (R * BQ), blocks)
     else:
         edges = blocks * 0
@@ -140,8 +140,8 @@ def _branch_blocks(
     P: gl.constexpr, BRANCH: gl.constexpr, COMMON: gl.constexpr, head, first, rows, begin, end, flat0, total,
 ):  # fmt: skip
     """How many blocks of one branch need masks, and how many there are."""
-    SEGMENTS: gl.constexpr = P[10]
-    RATES: gl.constexpr = P[11]
+    SEGMENTS: gl.constexpr = P[9]
+    RATES: gl.constexpr = P[10]
     W: gl.constexpr = SEGMENTS[BRANCH]
     R: gl.constexpr = RATES[BRANCH]
     masked = 0
@@ -163,8 +163,8 @@ def _load_branch(
     """Load the masked (clean = 0) or the other blocks of one branch, tell consumers and writer where they lie."""
     BQ: gl.constexpr = P[4]
     STAGES: gl.constexpr = P[5]
-    SEGMENTS: gl.constexpr = P[10]
-    RATES: gl.constexpr = P[11]
+    SEGMENTS: gl.constexpr = P[9]
+    RATES: gl.constexpr = P[10]
     W: gl.constexpr = SEGMENTS[BRANCH]
     R: gl.constexpr = RATES[BRANCH]
     lane: gl.constexpr = gl.BlockedLayout([BQ // 32], [32], [1], [0])
@@ -220,7 +220,7 @@ def _producer(
 ):  # fmt: skip
     DP: gl.constexpr = P[3]
     STRIDE: gl.constexpr = P[6]
-    RATES: gl.constexpr = P[11]
+    RATES: gl.constexpr = P[10]
     GROUP: gl.constexpr = P[0] // P[1]
     kv_full, kv_empty, q_full, do_full, empty, _dq_full, _dq_empty = bars
     total = batches * query_rows
@@ -230,11 +230,10 @@ def _producer(
     stop = gl.load(starts + gl.program_id(0) + 1)
     while at < stop:
         tile = gl.load(tiles + at)
-        kv_head = head0 + tile // P[7] // cell_count
-        place = tile % P[7]
-        record = cells + (tile // P[7] % cell_count) * 8
+        kv_head = head0 + tile // STRIDE // cell_count
+        record = cells + (tile // STRIDE % cell_count) * 8
         batch = gl.load(record)
-        skip = place // STRIDE * (128 * STRIDE) + place % STRIDE
+        skip = tile % STRIDE
         first = gl.load(record + 2) + skip
         rows = gl.minimum((gl.load(record + 3) - skip + STRIDE - 1) // STRIDE, 128)
         own = batch * key_rows + gl.load(record + 1) + skip
@@ -287,7 +286,7 @@ def _producer(
 def _writer(P: gl.constexpr, dq_ds, dq_s, info_s, tile_s, bars, query_head0):
     BQ: gl.constexpr = P[4]
     HALF: gl.constexpr = P[3] // 2
-    RATES: gl.constexpr = P[11]
+    RATES: gl.constexpr = P[10]
     kv_full, kv_empty, _q_full, _do_full, _empty, dq_full, dq_empty = bars
     turn = 0
     it = 0
@@ -330,7 +329,7 @@ def _first_query(P: gl.constexpr, G: gl.constexpr, info, tile_s, anchor, rows_l:
     if taking_part != 256:
         met = met & is_member(taking_part, number)
     first = gl.zeros([64], gl.int32, rows_l)
-    if P[8]:
+    if P[7]:
         # Whole for keys that are met, or far behind the block. No division.
         ahead = (position - _get(info, 4, 4)).to(gl.float32) * (1.0 / rate.to(gl.float32))
         first = (gl.maximum(ahead, 0.0) + 0.5).to(gl.int32)
@@ -446,7 +445,7 @@ def _flush(P: gl.constexpr, G: gl.constexpr, gradient, pointer, rows, out_s):
     step: gl.constexpr = P[6] * P[1] * P[2]
     d_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DP, 16])
     r_l: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
-    if P[12]:
+    if P[11]:
         number_d = gl.arange(0, 64, gl.SliceLayout(1, d_l)) + 64 * G
         column_d = gl.arange(0, DP, gl.SliceLayout(0, d_l))
         place_d = (number_d.to(gl.int64) * step)[:, None] + column_d[None, :]

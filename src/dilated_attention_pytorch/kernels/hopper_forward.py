@@ -45,7 +45,7 @@ from .hopper_producer import (
     scheduler,
 )
 from .launch import Address, Launch, View
-from .schedule import TILE_COST, Cells, deal, met_blocks
+from .schedule import TILE_COST, Group, deal, met_blocks
 
 # ------------------------------------------------------------------------------------------------------ consumers
 
@@ -90,32 +90,16 @@ def _scores(spec: gl.constexpr, q, k, zeros):
 
 
 @gluon.jit
-def _values(spec: gl.constexpr, p, v, sums, rest, rest_layout: gl.constexpr):
-    if spec.second:
-        sums = warpgroup_mma(p, v.slice(0, spec.first, 1), sums, is_async=True)
-        rest = warpgroup_mma(gl.convert_layout(p, rest_layout), v.slice(spec.first, spec.second, 1), rest,
-                             is_async=True)  # fmt: skip
-    else:
-        sums = warpgroup_mma(p, v, sums, is_async=True)
-    return sums, rest
-
-
-@gluon.jit
-def _wait_values(spec: gl.constexpr, sums, rest, p, p32, v_full, phase):
+def _wait_values(spec: gl.constexpr, sums, p, p32, v_full, phase):
     """Wait for the product of values; ``p32`` are the next block's probabilities."""
     if spec.pin:
         # Names these probabilities, so that the wait stays behind them; the barrier keeps it there in ptxas.
         if spec.pin == 2:
             mbarrier.wait(v_full, phase)
-        if spec.second:
-            sums, rest, p, p32 = warpgroup_mma_wait(0, deps=[sums, rest, p, p32])
-        else:
-            sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
-    elif spec.second:
-        sums, rest, p = warpgroup_mma_wait(0, deps=[sums, rest, p])
+        sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
     else:
         sums, p = warpgroup_mma_wait(0, deps=[sums, p])
-    return sums, rest, p, p32
+    return sums, p, p32
 
 
 @gluon.jit
@@ -182,15 +166,11 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
     element: gl.constexpr = out_desc.dtype
     stages: gl.constexpr = spec.stages
     keys: gl.constexpr = spec.keys
-    first: gl.constexpr = spec.first
-    narrow: gl.constexpr = spec.second if spec.second else 16
+    padded: gl.constexpr = spec.padded
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, spec.keys, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, spec.first, 16])
-    r_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, narrow, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, spec.padded, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    pr_layout: gl.constexpr = gl.DotOperandLayout(0, r_layout, 2)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    r_rows: gl.constexpr = gl.SliceLayout(1, r_layout)
     wide: gl.constexpr = spec.padded // 8
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // wide, wide], [4, 1], [1, 0])
     token = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
@@ -222,8 +202,7 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
     while blocks > 0:
         buffer = turn & 1
         q = q_s.index(2 * buffer + warpgroup)
-        sums = gl.zeros([64, first], gl.float32, o_layout)
-        rest = gl.zeros([64, narrow], gl.float32, r_layout)
+        sums = gl.zeros([64, padded], gl.float32, o_layout)
         place = (first_row.to(gl.int64) + spec.stride * row) * spec.heads + head
         valid = row < rows
         j, x = place_of(first_row + 64 * spec.stride * warpgroup, spec.stride, query_total % spec.stride)
@@ -241,9 +220,9 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
             s = _scores(spec, q, k_s.index(stage), zeros)
             record = read_record(block_s.index(stage + stages * phase), 4)
             mbarrier.wait(v_full.index(held), held_phase)
-            sums, rest = _values(spec, p, v_s.index(held), sums, rest, pr_layout)
+            sums = warpgroup_mma(p, v_s.index(held), sums, is_async=True)
             token = _turn(spec, token, 1 - warpgroup, True)
-            s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
+            s = warpgroup_mma_wait(1, deps=[s])
             s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), phase)
             if stages == 2:
                 mbarrier.arrive(k_empty.index(stage), count=1)
@@ -251,14 +230,12 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
             decay = gl.exp2(m - new)
             total = total * decay + gl.sum(p32, 1)
             m = new
-            sums, rest, p, p32 = _wait_values(spec, sums, rest, p, p32, v_full.index(held), held_phase)
+            sums, p, p32 = _wait_values(spec, sums, p, p32, v_full.index(held), held_phase)
             if stages > 2:
                 mbarrier.arrive(k_empty.index(stage), count=1)
             mbarrier.arrive(v_empty.index(held), count=1)
             p = gl.convert_layout(p32.to(element), p_layout)
             sums = sums * gl.convert_layout(decay, o_rows)[:, None]
-            if spec.second:
-                rest = rest * gl.convert_layout(decay, r_rows)[:, None]
             held = stage
             held_phase = phase
         mbarrier.arrive(q_empty.index(buffer), count=1)
@@ -275,14 +252,14 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         s = _scores(spec, q_s.index(2 * next_buffer + warpgroup), k_s.index(stage_n), zeros)
         record = read_record(block_s.index(stage_n + stages * phase_n), 4)
         mbarrier.wait(v_full.index(held), held_phase)
-        sums, rest = _values(spec, p, v_s.index(held), sums, rest, pr_layout)
+        sums = warpgroup_mma(p, v_s.index(held), sums, is_async=True)
         token = _turn(spec, token, 1 - warpgroup, True)
-        s = warpgroup_mma_wait(2 if spec.second else 1, deps=[s])
+        s = warpgroup_mma_wait(1, deps=[s])
         s, away = _mask(spec, s, record, row, column, v_s.index(stage_n), v_full.index(stage_n), phase_n)
         mbarrier.arrive(k_empty.index(stage_n), count=1)
         p32, new_m = _softmax(s, away, lowest, scale_log2)
         new_total = gl.sum(p32, 1)
-        sums, rest, p, p32 = _wait_values(spec, sums, rest, p, p32, v_full.index(held), held_phase)
+        sums, p, p32 = _wait_values(spec, sums, p, p32, v_full.index(held), held_phase)
         mbarrier.arrive(v_empty.index(held), count=1)
         p = gl.convert_layout(p32.to(element), p_layout)
         held = stage_n
@@ -300,26 +277,13 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
             factor = gl.where(both == 0, 0.0, factor * (fresh / both))
             normaliser = largest + gl.log(both)
             mbarrier.wait(o_full, (turn - 1) & 1)
-            if spec.second:
-                earlier = o_s.slice(0, spec.first, 1).load(o_layout).to(gl.float32)
-                sums = sums * gl.convert_layout(factor, o_rows)[:, None]
-                sums += earlier * gl.convert_layout(share, o_rows)[:, None]
-                earlier_rest = o_s.slice(spec.first, spec.second, 1).load(r_layout).to(gl.float32)
-                rest = rest * gl.convert_layout(factor, r_rows)[:, None]
-                rest += earlier_rest * gl.convert_layout(share, r_rows)[:, None]
-            else:
-                sums = sums * gl.convert_layout(factor, o_rows)[:, None]
-                sums += o_s.load(o_layout).to(gl.float32) * gl.convert_layout(share, o_rows)[:, None]
+            sums = sums * gl.convert_layout(factor, o_rows)[:, None]
+            sums += o_s.load(o_layout).to(gl.float32) * gl.convert_layout(share, o_rows)[:, None]
         else:
             sums = sums * gl.convert_layout(factor, o_rows)[:, None]
-            rest = rest * gl.convert_layout(factor, r_rows)[:, None]
             tma.store_wait(0)
         gl.store(lse + place, normaliser, mask=valid)
-        if spec.second:
-            o_s.slice(0, spec.first, 1).store(sums.to(element))
-            o_s.slice(spec.first, spec.second, 1).store(rest.to(element))
-        else:
-            o_s.store(sums.to(element))
+        o_s.store(sums.to(element))
         if rows >= 64 * (warpgroup + 1):
             fence_async_shared()
             tma.async_copy_shared_to_global(
@@ -375,15 +339,13 @@ class Tuning:
     pin: int = 0
     consumer_registers: int = 240
     producer_registers: int = 24
-    groups: int = 1
 
 
 def tuning_of(dim: int, is_causal: bool) -> Tuning:
     """The fastest settings that were measured on an H200."""
-    groups = 3 if is_causal else 1
     if dim > 64:
-        return Tuning(2, True, 2, 232, 40, groups=groups)
-    return Tuning(4 if dim <= 48 else 3, dim > 48, 0, 208, 88, groups=groups)
+        return Tuning(2, True, 2, 232, 40)
+    return Tuning(4 if dim <= 48 else 3, dim > 48, 0, 208, 88)
 
 
 @lru_cache(maxsize=16)
@@ -412,32 +374,20 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _groups(rates: tuple[int, ...], count: int) -> list[list[int]]:
-    """Branches by rate, in at most ``count`` groups of which the first hold two branches or more."""
-    ranked = sorted(range(len(rates)), key=lambda i: rates[i])
-    count = min(count, len(ranked))
-    size = math.ceil(len(ranked) / count)
-    return [ranked[i : i + size] for i in range(0, len(ranked), size)]
-
-
 @lru_cache(maxsize=256)
 def _launches(
-    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, cells: Cells, stride: int,
-    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], interleaved: bool, is_causal: bool,
-    scale: float, tuning: Tuning,
+    query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, groups: tuple[Group, ...],
+    interleaved: bool, is_causal: bool, scale: float, tuning: Tuning,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """A launch for each group of branches, of (query, key, value, out, lse)."""
     batch, query_rows, heads, dim = query.shape
     key_rows, kv_heads = key.shape[1:3]
     padded = 1 << (dim - 1).bit_length()
     first, second = HEAD_DIMS[dim]
-    groups = _groups(dilation_rates, tuning.groups)
     out = Sizes(query.shape, (query_rows * heads * dim, heads * dim, dim, 1))
     launches = []
-    for number, group in enumerate(groups):
-        lengths = tuple(min(segment_lengths[i], INT32) for i in group)
-        rates = tuple(dilation_rates[i] for i in group)
-        own = stride if len(groups) == 1 else math.gcd(stride, math.lcm(*rates))
+    for number, (lengths, rates, stride, cells) in enumerate(groups):
+        lengths = tuple(min(length, INT32) for length in lengths)
         spec = Spec(
             heads=heads,
             group=heads // kv_heads,
@@ -445,8 +395,7 @@ def _launches(
             padded=padded,
             first=first,
             second=second,
-            stride=own,
-            parts=stride // own,
+            stride=stride,
             keys=BLOCK_KEYS,
             stages=tuning.stages,
             lengths=lengths,
@@ -457,9 +406,9 @@ def _launches(
             alternate=tuning.alternate,
             pin=tuning.pin,
         )
-        unused = [None] * (MAX_BRANCHES - len(group))
+        unused = [None] * (MAX_BRANCHES - len(rates))
         blocks = met_blocks(
-            cells.host, side="query", heads=heads, stride=own, classes=stride, segment_lengths=lengths,
+            cells.host, side="query", heads=heads, stride=stride, segment_lengths=lengths,
             dilation_rates=rates, interleaved=interleaved, is_causal=is_causal, tile_rows=BLOCK_ROWS,
             block_rows=BLOCK_KEYS,
         )  # fmt: skip
@@ -470,8 +419,8 @@ def _launches(
             continue
         arguments = (
             spec,
-            query.view(0, own, BLOCK_ROWS // 2, padded),
-            out.view(3, own, BLOCK_ROWS // 2, padded),
+            query.view(0, stride, BLOCK_ROWS // 2, padded),
+            out.view(3, stride, BLOCK_ROWS // 2, padded),
             *(key.view(1, rate, BLOCK_KEYS, padded) for rate in rates),
             *unused,
             *(value.view(2, rate, BLOCK_KEYS, padded) for rate in rates),
@@ -499,22 +448,18 @@ def forward(
     key: Tensor,
     value: Tensor,
     *,
-    cells: Cells,
-    stride: int,
-    segment_lengths: tuple[int, ...],
-    dilation_rates: tuple[int, ...],
+    groups: tuple[Group, ...],
     interleaved: bool,
     is_causal: bool,
     scale: float,
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all branches over the tiles of ``cells``.
+    """Attention of all branches, group by group.
 
     Args:
         query, key, value: (B, Nq, H, D), (B, Nk, H_kv, D), (B, Nk, H_kv, D); `backends.gluon.unsupported` says which.
-        cells: runs of at most ``128 * stride`` rows, see `patterns.tiles`.
-        stride: distance of the rows of a tile.
-        segment_lengths, dilation_rates, interleaved: the pattern.
+        groups: with cells of the query side of at most ``128 * stride`` rows each, see `patterns.tiles`.
+        interleaved: which offsets heads have.
         is_causal, scale: as for `dilated_attention`.
         tuning: instead of the measured settings.
 
@@ -523,7 +468,7 @@ def forward(
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    if not len(cells) or not out.numel():
+    if not len(groups[0].cells) or not out.numel():
         return out, lse
     launches = _launches(
         Sizes(query.shape, query.stride()),
@@ -531,10 +476,7 @@ def forward(
         Sizes(value.shape, value.stride()),
         query.dtype,
         query.device,
-        cells,
-        stride,
-        segment_lengths,
-        dilation_rates,
+        groups,
         interleaved,
         is_causal,
         scale,

@@ -19,7 +19,7 @@ BLOCK_KEYS = 128
 """Keys of a block."""
 MAX_BRANCHES = 8
 HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 96: (64, 32), 128: (128, 0)}
-"""Head dims, each with the powers of two that it is the sum of: the widths of the products."""
+"""Head dims, each with the powers of two that it is the sum of: the widths of the scores' products."""
 INT32 = 2**31 - 1
 
 # Bits of a block's record.
@@ -39,7 +39,6 @@ class Spec:
     first: int
     second: int
     stride: int
-    parts: int
     keys: int
     stages: int
     lengths: tuple[int, ...]
@@ -286,7 +285,6 @@ def _produce_tile(spec: gl.constexpr, q_desc, shared, turn, blocks, rows, row, h
 def scheduler(spec: gl.constexpr, plans, cells, tiles, starts, cell_count, query_rows, key_rows):
     """Read this program's tiles (`schedule.deal`), ahead of the producer, and pass on those that have keys."""
     plan_s, plan_full, plan_empty = plans
-    classes: gl.constexpr = spec.stride * spec.parts
     visits: gl.constexpr = 2 * len(spec.rates)
     turn = 0
     at = gl.load(starts + gl.program_id(0))
@@ -294,15 +292,14 @@ def scheduler(spec: gl.constexpr, plans, cells, tiles, starts, cell_count, query
     mbarrier.wait(plan_empty, 1)
     while at < stop:
         tile = gl.load(tiles + at)
-        group = tile // classes
+        group = tile // spec.stride
         head = group // cell_count
-        piece = tile % classes
         record = cells + (group % cell_count) * 8
         batch = gl.load(record)
         key_row = batch * key_rows + gl.load(record + 4)
         begin = gl.load(record + 5)
         end = gl.load(record + 6)
-        first_row = piece % spec.stride + piece // spec.stride * (128 * spec.stride)
+        first_row = tile % spec.stride
         rows = gl.minimum((gl.load(record + 3) - first_row + spec.stride - 1) // spec.stride, 128)
         row = batch * query_rows + gl.load(record + 1) + first_row
         position = gl.load(record + 2) + first_row

@@ -205,7 +205,7 @@ def _launches(
     per_pass = kv_heads if all_at_once else _heads_per_pass(query, key, dtype.itemsize)
     scratch, scratch_strides = (1, total, per_pass * group, d), (0, per_pass * group * d, d, 1)
     block, stages, registers = _tuning(padded)
-    constants = (heads, kv_heads, d, padded, block, stages, 1, 1, is_causal, False, (LONGEST,), (1,), False)
+    constants = (heads, kv_heads, d, padded, block, stages, 1, is_causal, False, (LONGEST,), (1,), False)
     passes = []
     for head0 in range(0, kv_heads, per_pass):
         count = min(per_pass, kv_heads - head0)

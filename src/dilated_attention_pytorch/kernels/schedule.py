@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,15 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.host)
+
+
+class Group(NamedTuple):
+    """Branches that one launch computes, and its tiles: every ``stride``-th row of a cell."""
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    stride: int
+    cells: Cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +78,6 @@ def met_blocks(
     side: Literal["query", "key"],
     heads: int,
     stride: int,
-    classes: int,
     segment_lengths: tuple[int, ...],
     dilation_rates: tuple[int, ...],
     interleaved: bool,
@@ -77,22 +85,20 @@ def met_blocks(
     tile_rows: int,
     block_rows: int,
 ) -> NDArray[np.int64]:
-    """How many blocks of the other side's rows every tile meets: (query heads, cells, classes), -1 without own rows.
+    """How many blocks of the other side's rows every tile meets: (query heads, cells, stride), -1 without own rows.
 
     Args:
         cells: of the side whose rows the tiles are.
         side: that side.
         heads: query heads.
-        stride: distance of the rows of a tile.
-        classes: tiles of a cell and head; tile c begins at row ``c % stride + c // stride * tile_rows * stride``.
+        stride: distance of the rows of a tile; tile c begins at a cell's row c.
         segment_lengths, dilation_rates, interleaved: the pattern.
         is_causal: whether only pairs count whose key is not behind the query.
         tile_rows: rows of a tile.
         block_rows: rows of a block of the other side; a branch and segment begins a block of its own.
     """
     table = cells.astype(np.int64)[:, :, None]
-    place = np.arange(classes, dtype=np.int64)
-    skipped = place % stride + place // stride * (tile_rows * stride)
+    skipped = np.arange(stride, dtype=np.int64)
     rows = np.minimum((table[:, 3] - skipped + stride - 1) // stride, tile_rows)
     first = table[:, 2] + skipped
     last = first + stride * (rows - 1)

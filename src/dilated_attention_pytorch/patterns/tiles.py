@@ -8,7 +8,7 @@ branches in one kernel, and no partial result is ever written.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -53,6 +53,67 @@ def class_stride(pattern: DilatedPattern, block_rows: int, longest: int) -> int:
         return tiles * keys
 
     return min(_divisors(math.lcm(*pattern.dilation_rates), shortest), key=lambda stride: (cost(stride), stride))
+
+
+_MERGE = 256
+"""Keys of a row that cost about as much as a later group's tile besides its keys: it reads and writes results again."""
+_LAUNCH = 1 << 20
+"""Rows times keys that cost about as much as another launch."""
+
+
+@lru_cache(maxsize=256)
+def branch_groups(
+    pattern: DilatedPattern, block_rows: int, longest: int, *, is_causal: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Branches, in the groups that cost the fewest keys if each group has tiles, and a launch, of its own.
+
+    Tiles of few branches lie closer to the diagonal of a causal mask, and where the shortest segment has too few rows
+    for a class stride that separates all branches, those of the longer segments do without it.
+
+    >>> branch_groups(DilatedPattern((2048, 4096, 8192), (1, 2, 4)), 128, 65536, is_causal=False)
+    ((0, 1, 2),)
+    >>> branch_groups(DilatedPattern((1024, 4096, 65536), (1, 2, 16)), 128, 65536, is_causal=False)
+    ((0, 1), (2,))
+    """
+    longest = max(1, longest)
+    ranked = sorted(range(len(pattern.branches)), key=lambda i: (pattern.dilation_rates[i], i))
+
+    def cost(group: tuple[int, ...], later: bool) -> float:
+        stride = class_stride(part_of(pattern, group), block_rows, longest)
+        span = stride * block_rows
+        shortest = min(longest, *(pattern.segment_lengths[i] for i in group))
+        total = seen = 0.0
+        for i in group:
+            length, rate = min(pattern.segment_lengths[i], longest), pattern.dilation_rates[i]
+            met = float(length)
+            if is_causal:
+                met = (length + min(span, length)) / 2
+            elif length % shortest and length < longest:
+                met += span  # a tile that a boundary cuts meets two segments
+            common = math.gcd(rate, stride)
+            total += met / rate / common
+            seen += 1 / common
+        fill = stride * block_rows * math.ceil(shortest / span) / shortest
+        return fill * (total + later * _MERGE * min(seen, 1.0)) + later * _LAUNCH / longest
+
+    @cache
+    def best(begin: int) -> tuple[float, tuple[tuple[int, ...], ...]]:
+        if begin == len(ranked):
+            return 0.0, ()
+        choices = []
+        for end in range(begin + 1, len(ranked) + 1):
+            group = tuple(sorted(ranked[begin:end]))
+            rest, groups = best(end)
+            choices.append((cost(group, begin > 0) + rest, (group, *groups)))
+        return min(choices)
+
+    return best(0)[1]
+
+
+def part_of(pattern: DilatedPattern, group: tuple[int, ...]) -> DilatedPattern:
+    """The pattern of some branches."""
+    lengths, rates = pattern.segment_lengths, pattern.dilation_rates
+    return DilatedPattern(tuple(lengths[i] for i in group), tuple(rates[i] for i in group), pattern.head_offsets)
 
 
 def _counted(
