@@ -83,3 +83,18 @@ def _counts(
             inside[head] += active.long() * upto(some)[is_causal]
             seen[head] += keys * (whole - below + rows if is_causal else whole)
     return total, inside, seen
+
+
+@pytest.fixture
+def branch_by_branch(monkeypatch):
+    """Launches cost nothing, so branches have launches of their own that add to what is there."""
+    from dilated_attention_pytorch.backends import tables
+    from dilated_attention_pytorch.patterns import tiles
+
+    monkeypatch.setattr(tiles, "_MERGE", 0)
+    monkeypatch.setattr(tiles, "_LAUNCH", 0)
+    for cached in (tiles.branch_groups, tables.groups):
+        cached.cache_clear()
+    yield
+    for cached in (tiles.branch_groups, tables.groups):
+        cached.cache_clear()

@@ -65,6 +65,17 @@ def test_bound_b(name, is_causal):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.usefixtures("branch_by_branch")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("name", "head_dim"), [("ragged", 64), ("packed", 48), ("even", 128), ("interleaved", 96)])
+def test_several_launches_add_to_each_other(name, head_dim, is_causal):
+    case = Case(
+        **{"seed": 7, "kv_heads": 4, **CASES[name]}, head_dim=head_dim, dtype=torch.bfloat16, is_causal=is_causal,
+        grad_lse=is_causal,
+    )  # fmt: skip
+    assert not violations(case, ("gluon",), device="cuda")
+
+
 def test_rows_outside_documents_are_empty_whatever_memory_held():
     key = torch.randn(2, 1024, 4, 64, device="cuda", dtype=torch.bfloat16)
     poison = [torch.full((2, 1024, 4, 64), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(8)]

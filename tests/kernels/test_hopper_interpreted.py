@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import DilatedPattern, GlobalLocal, LocalWindow, RandomBlocks
-from dilated_attention_pytorch.backends import tables
 from dilated_attention_pytorch.patterns import tiles
 from dilated_attention_pytorch.sparse_testing import SparseCase, sparse_violations
 from dilated_attention_pytorch.testing import Case, violations
@@ -37,18 +36,6 @@ def test_bound_b(case, is_causal):
     sizes = {"seed": 5, "kv_heads": 2, "grad_lse": True, **case, "is_causal": is_causal}
     head_dim = 128 if is_causal else 48
     assert not violations(Case(**sizes, head_dim=head_dim, dtype=torch.bfloat16), ("gluon",))
-
-
-@pytest.fixture
-def branch_by_branch(monkeypatch):
-    """Launches cost nothing, so branches have launches of their own that add to what is there."""
-    monkeypatch.setattr(tiles, "_MERGE", 0)
-    monkeypatch.setattr(tiles, "_LAUNCH", 0)
-    for cached in (tiles.branch_groups, tables.groups):
-        cached.cache_clear()
-    yield
-    for cached in (tiles.branch_groups, tables.groups):
-        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("interpreted_hopper", "branch_by_branch")
