@@ -25,6 +25,7 @@ CASES = {
     "left_padding": {
         "key_rows": 400, "segment_lengths": (128, 300), "dilation_rates": (1, 2), "key_start": (-150, -2), "batch": 2,
     },
+    "long_runs": {"key_rows": 1100, "segment_lengths": (512, 1024), "dilation_rates": (1, 2)},
     "short_and_sparse": {"key_rows": 1024, "segment_lengths": (48, 512), "dilation_rates": (1, 8)},
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ from .hopper_producer import (
     INT32,
     MAX_BRANCHES,
     ROWS,
+    SKIPPED,
     Spec,
     allocate,
     field,
@@ -145,6 +146,39 @@ def _mask(spec: gl.constexpr, s, record, row, column, v, v_full, phase):
 
 
 @gluon.jit
+def _blocks(spec: gl.constexpr, warpgroup: gl.constexpr, tile):
+    """How many blocks of a tile a warpgroup takes."""
+    blocks = field(tile, 0)
+    if spec.skip and warpgroup == 0:
+        blocks = field(tile, 4)
+    return blocks
+
+
+@gluon.jit
+def _next_block(spec: gl.constexpr, warpgroup: gl.constexpr, shared, held, held_phase):
+    """Stage, phase and record of the next block that a warpgroup takes, whose keys are there."""
+    _, _, _, block_s, _, _, _, k_full, k_empty, v_full, v_empty = shared
+    stages: gl.constexpr = spec.stages
+    stage = gl.where(held == stages - 1, 0, held + 1)
+    phase = gl.where(held == stages - 1, held_phase ^ 1, held_phase)
+    mbarrier.wait(k_full.index(stage), phase)
+    record = read_record(block_s.index(stage + stages * phase), 4)
+    skips: gl.constexpr = spec.skip and warpgroup == 0
+    if skips:
+        skipped = field(record, 0) & SKIPPED
+        if skipped != 0:
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            wraps = stage == stages - 1
+            stage = gl.where(wraps, 0, stage + 1)
+            phase = gl.where(wraps, phase ^ 1, phase)
+            mbarrier.wait(k_full.index(stage), phase)
+            record = read_record(block_s.index(stage + stages * phase), 4)
+    return stage, phase, record
+
+
+@gluon.jit
 def _largest(s, m):
     """Largest score of each row: of pairs first, because one chain through all of a thread's scores takes long."""
     layout: gl.constexpr = m.type.layout
@@ -162,7 +196,7 @@ def _softmax(s, away, m, scale_log2):
 @gluon.jit
 def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_total, out_desc, out, lse, o_s, o_full,
               shared):  # fmt: skip
-    q_s, k_s, v_s, block_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_s, k_s, v_s, _block_s, tile_s, q_full, q_empty, _k_full, k_empty, v_full, v_empty = shared
     element: gl.constexpr = out_desc.dtype
     stages: gl.constexpr = spec.stages
     keys: gl.constexpr = spec.keys
@@ -183,21 +217,19 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
 
     mbarrier.wait(q_full.index(0), 0)
     tile = read_record(tile_s.index(0), 4)
-    blocks = field(tile, 0)
+    blocks = _blocks(spec, warpgroup, tile)
     rows = field(tile, 1)
     first_row = field(tile, 2)
     head = field(tile, 3)
-    mbarrier.wait(k_full.index(0), 0)
-    record = read_record(block_s.index(0), 4)
-    s = _scores(spec, q_s.index(warpgroup), k_s.index(0), zeros)
+    # The stage whose values wait for their product, and its phase.
+    held, held_phase, record = _next_block(spec, warpgroup, shared, gl.to_tensor(stages - 1), gl.to_tensor(1))
+    s = _scores(spec, q_s.index(warpgroup), k_s.index(held), zeros)
     s = warpgroup_mma_wait(0, deps=[s])
-    s, away = _mask(spec, s, record, row, column, v_s.index(0), v_full.index(0), 0)
-    mbarrier.arrive(k_empty.index(0), count=1)
+    s, away = _mask(spec, s, record, row, column, v_s.index(held), v_full.index(held), held_phase)
+    mbarrier.arrive(k_empty.index(held), count=1)
     p32, m = _softmax(s, away, lowest, scale_log2)
     total = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(element), p_layout)
-    held = 0  # the stage whose values wait for their product, and its phase
-    held_phase = 0
     turn = 0
     while blocks > 0:
         buffer = turn & 1
@@ -213,12 +245,9 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
             mbarrier.expect(o_full, 64 * spec.padded * 2)
             load_rows(spec, 64, out_desc, j, x, head, o_full, o_s)
         for _ in range(1, blocks):
-            stage = gl.where(held == stages - 1, 0, held + 1)
-            phase = gl.where(held == stages - 1, held_phase ^ 1, held_phase)
-            mbarrier.wait(k_full.index(stage), phase)
+            stage, phase, record = _next_block(spec, warpgroup, shared, held, held_phase)
             token = _turn(spec, token, warpgroup, False)
             s = _scores(spec, q, k_s.index(stage), zeros)
-            record = read_record(block_s.index(stage + stages * phase), 4)
             mbarrier.wait(v_full.index(held), held_phase)
             sums = warpgroup_mma(p, v_s.index(held), sums, is_async=True)
             token = _turn(spec, token, 1 - warpgroup, True)
@@ -243,14 +272,11 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         # The next tile's first scores run beside this tile's last values.
         turn += 1
         next_buffer = turn & 1
-        stage_n = gl.where(held == stages - 1, 0, held + 1)
-        phase_n = gl.where(held == stages - 1, held_phase ^ 1, held_phase)
         mbarrier.wait(q_full.index(next_buffer), (turn >> 1) & 1)
         next_tile = read_record(tile_s.index(next_buffer), 4)
-        mbarrier.wait(k_full.index(stage_n), phase_n)
+        stage_n, phase_n, record = _next_block(spec, warpgroup, shared, held, held_phase)
         token = _turn(spec, token, warpgroup, False)
         s = _scores(spec, q_s.index(2 * next_buffer + warpgroup), k_s.index(stage_n), zeros)
-        record = read_record(block_s.index(stage_n + stages * phase_n), 4)
         mbarrier.wait(v_full.index(held), held_phase)
         sums = warpgroup_mma(p, v_s.index(held), sums, is_async=True)
         token = _turn(spec, token, 1 - warpgroup, True)
@@ -298,7 +324,7 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
                 o_s.load(store_layout),
                 mask=(store_row < rows)[:, None] & (store_column < spec.dim)[None, :],
             )
-        blocks = field(next_tile, 0)
+        blocks = _blocks(spec, warpgroup, next_tile)
         rows = field(next_tile, 1)
         first_row = field(next_tile, 2)
         head = field(next_tile, 3)
@@ -344,8 +370,8 @@ class Tuning:
 def tuning_of(dim: int, is_causal: bool) -> Tuning:
     """The fastest settings that were measured on an H200."""
     if dim > 64:
-        return Tuning(2, True, 2, 232, 40)
-    return Tuning(4 if dim <= 48 else 3, dim > 48, 0, 208, 88)
+        return Tuning(2, not is_causal, 2, 232, 40)
+    return Tuning(4 if dim <= 48 else 3, dim > 48 and not is_causal, 0, 208, 88)
 
 
 @lru_cache(maxsize=16)

@@ -25,6 +25,7 @@ INT32 = 2**31 - 1
 # Bits of a block's record.
 COLUMNS = gl.constexpr(1)  # some columns are masked
 ROWS = gl.constexpr(2)  # some rows take no part
+SKIPPED = gl.constexpr(8)  # none of the first warpgroup's rows meets these keys, which it skips
 FOREIGN = gl.constexpr(4)  # rows behind the run's end were loaded: their values must not reach the product
 
 
@@ -48,6 +49,11 @@ class Spec:
     merge: bool
     alternate: bool
     pin: int
+
+    @property
+    def skip(self) -> bool:
+        """Whether the first warpgroup skips blocks that lie behind all of its rows."""
+        return self.causal and not self.alternate
 
     @property
     def commons(self) -> tuple[int, ...]:
@@ -207,6 +213,18 @@ def _run(spec: gl.constexpr, length: gl.constexpr, rate: gl.constexpr, common: g
 
 
 @gluon.jit
+def _skips(spec: gl.constexpr, branch: gl.constexpr, position, first_key, blocks):
+    """Whether the first block of a run, with its last keys, lies behind all rows of the first warpgroup.
+
+    Never the only block, so that a warpgroup takes a block of every run, and skips one at a time.
+    """
+    found = blocks < 0
+    if spec.skip:
+        found = (blocks > 1) & (position + 63 * spec.stride < first_key + spec.rates[branch] * spec.keys * (blocks - 1))
+    return found
+
+
+@gluon.jit
 def _produce_run(spec: gl.constexpr, branch: gl.constexpr, k_desc, v_desc, shared,
                  count, first_key, row_begin, row_end, rows, position, head, key_row, key_rows, block, plan_empty,
                  ask):  # fmt: skip
@@ -219,6 +237,7 @@ def _produce_run(spec: gl.constexpr, branch: gl.constexpr, k_desc, v_desc, share
     ahead = position - first_key
     blocks = (count + spec.keys - 1) // spec.keys
     taking_part = members(spec.periods[branch], spec.inverses[branch], ahead // common)
+    skips = _skips(spec, branch, position, first_key, blocks)
     some_rows = (row_begin > 0) | (row_end < rows)
     if common != rate:
         some_rows = blocks > 0
@@ -234,7 +253,12 @@ def _produce_run(spec: gl.constexpr, branch: gl.constexpr, k_desc, v_desc, share
         masked = (low > 0) | (back < behind)
         if spec.causal:
             masked = masked | (ahead + spec.stride * row_begin < rate * (start + spec.keys - 1))
-        flags = gl.where(masked, COLUMNS, 0) + gl.where(some_rows, ROWS, 0) + gl.where(back < behind, FOREIGN, 0)
+        flags = (
+            gl.where((n == 0) & skips, SKIPPED, 0)
+            + gl.where(masked, COLUMNS, 0)
+            + gl.where(some_rows, ROWS, 0)
+            + gl.where(back < behind, FOREIGN, 0)
+        )
         j, x = place_of(key_row + first_key + rate * start, rate, remainder)
         stage = block % spec.stages
         phase = ((block // spec.stages) & 1) ^ 1
@@ -270,11 +294,11 @@ def _produce_nothing(spec: gl.constexpr, k_desc, v_desc, shared, key_rows, block
 
 
 @gluon.jit
-def _produce_tile(spec: gl.constexpr, q_desc, shared, turn, blocks, rows, row, head, query_total):
+def _produce_tile(spec: gl.constexpr, q_desc, shared, turn, blocks, skipped, rows, row, head, query_total):
     q_s, _, _, _, tile_s, q_full, q_empty, _, _, _, _ = shared
     buffer = turn & 1
     mbarrier.wait(q_empty.index(buffer), ((turn >> 1) & 1) ^ 1)
-    write_record(tile_s.index(buffer), blocks, rows, row, head, 0, 0, 0, 0)
+    write_record(tile_s.index(buffer), blocks, rows, row, head, blocks - skipped, 0, 0, 0)
     mbarrier.expect(q_full.index(buffer), 128 * spec.padded * 2)
     for g in gl.static_range(2):
         j, x = place_of(row + 64 * spec.stride * g, spec.stride, query_total % spec.stride)
@@ -304,15 +328,19 @@ def scheduler(spec: gl.constexpr, plans, cells, tiles, starts, cell_count, query
         row = batch * query_rows + gl.load(record + 1) + first_row
         position = gl.load(record + 2) + first_row
         blocks = gl.to_tensor(0)
+        skipped = gl.to_tensor(0)
         for i in gl.static_range(visits):
-            count, _, _, _ = _run(
+            count, first_key, _, _ = _run(
                 spec, spec.lengths[i // 2], spec.rates[i // 2], spec.commons[i // 2], i % 2,
                 position, rows, head, begin, end,
             )  # fmt: skip
-            blocks += (count + spec.keys - 1) // spec.keys
+            run = (count + spec.keys - 1) // spec.keys
+            blocks += run
+            skipped += _skips(spec, i // 2, position, first_key, run).to(gl.int32)
         # A tile without keys still has rows to write: it gets a block without keys.
         write_record(
-            plan_s.index(0), gl.where(blocks > 0, blocks, -1), rows, row, head, position, key_row, begin, end,
+            plan_s.index(0), gl.where(blocks > 0, blocks, -1), rows + 256 * skipped, row, head, position, key_row,
+            begin, end,
         )  # fmt: skip
         mbarrier.arrive(plan_full, count=1)
         turn += 1
@@ -345,7 +373,9 @@ def producer(spec: gl.constexpr, q_desc, k_descs, v_descs, shared, plans, query_
     turn = 0
     blocks, rows, row, head, position, key_row, begin, end = _next_plan(plans, turn)
     while blocks != 0:
-        _produce_tile(spec, q_desc, shared, turn, gl.maximum(blocks, 1), rows, row, head, query_total)
+        skipped = rows // 256
+        rows_t = rows % 256
+        _produce_tile(spec, q_desc, shared, turn, gl.maximum(blocks, 1), skipped, rows_t, row, head, query_total)
         turn += 1
         ask = block + gl.maximum(blocks - 3, 0)
         if blocks < 0:
@@ -355,14 +385,14 @@ def producer(spec: gl.constexpr, q_desc, k_descs, v_descs, shared, plans, query_
             for i in gl.static_range(visits):
                 count, first_key, row_begin, row_end = _run(
                     spec, spec.lengths[i // 2], spec.rates[i // 2], spec.commons[i // 2], i % 2,
-                    position, rows, head, begin, end,
+                    position, rows_t, head, begin, end,
                 )  # fmt: skip
                 block = _produce_run(
                     spec, i // 2, k_descs[i // 2], v_descs[i // 2], shared,
-                    count, first_key, row_begin, row_end, rows, position, head, key_row, key_total, block,
+                    count, first_key, row_begin, row_end, rows_t, position, head, key_row, key_total, block,
                     plans[2], ask,
                 )  # fmt: skip
         blocks, rows, row, head, position, key_row, begin, end = _next_plan(plans, turn)
     # A tile of no blocks ends the consumers, which expect a first block behind their last tile.
-    _produce_tile(spec, q_desc, shared, turn, 0, 0, 0, 0, query_total)
+    _produce_tile(spec, q_desc, shared, turn, 0, 0, 0, 0, 0, query_total)
     _produce_nothing(spec, k_descs[0], v_descs[0], shared, key_total, block)

@@ -68,7 +68,7 @@ def _list_producer(spec: gl.constexpr, q_desc, k_desc, v_desc, shared, plans, re
     turn = 0
     blocks, rows, row, head, first, _a, _b, _c = _next_plan(plans, turn)
     while blocks != 0:
-        _produce_tile(spec, q_desc, shared, turn, gl.maximum(blocks, 1), rows, row, head, query_total)
+        _produce_tile(spec, q_desc, shared, turn, gl.maximum(blocks, 1), 0, rows, row, head, query_total)
         turn += 1
         ask = block + gl.maximum(blocks - 3, 0)
         if blocks < 0:
@@ -108,7 +108,7 @@ def _list_producer(spec: gl.constexpr, q_desc, k_desc, v_desc, shared, plans, re
                 members = next_members
         blocks, rows, row, head, first, _a, _b, _c = _next_plan(plans, turn)
     # A tile of no blocks ends the consumers, which expect a first block behind their last tile.
-    _produce_tile(spec, q_desc, shared, turn, 0, 0, 0, 0, query_total)
+    _produce_tile(spec, q_desc, shared, turn, 0, 0, 0, 0, 0, query_total)
     _produce_nothing(spec, k_desc, v_desc, shared, key_total, block)
 
 
