@@ -60,8 +60,8 @@ ROWS: list[dict[str, Any]] = [
 
 
 def milliseconds(function: Callable[[], object], repeat_ms: int) -> float:
-    """Median time of one call on the device."""
-    return float(do_bench(function, warmup=25, rep=repeat_ms, return_mode="median"))
+    """Median time of one call on the device, after as long a warm-up: a card that was idle runs faster at first."""
+    return float(do_bench(function, warmup=max(200, repeat_ms), rep=repeat_ms, return_mode="median"))
 
 
 @cache

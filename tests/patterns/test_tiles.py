@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_attention_pytorch.patterns import DilatedPattern
-from dilated_attention_pytorch.patterns.tiles import CELL_FIELDS, cells, class_stride
+from dilated_attention_pytorch.patterns.tiles import CELL_FIELDS, branch_groups, cells, class_stride, part_of
 from dilated_attention_pytorch.types import Document, Shape
 
 LONGNET = DilatedPattern((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
@@ -85,6 +85,30 @@ def test_a_stride_divides_the_common_multiple_of_the_rates(lengths, data, block,
     stride = class_stride(DilatedPattern(tuple(lengths), tuple(rates)), block, longest)
     assert 1 <= stride <= min(longest, *lengths)
     assert math.lcm(*rates) % stride == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "longest", "is_causal", "groups"),
+    [
+        (LONGNET, 131072, False, ((0, 1, 2, 3, 4),)),
+        (LONGNET, 32768, True, ((0, 1), (2,), (3, 4))),
+        (LONGNET, 2048, True, ((0, 1), (2, 3, 4))),  # launches weigh more where there are few rows
+        (GIGAPATH, 65536, False, ((0, 1), (2, 3, 4))),  # 1,024 rows are too few for a stride of 16
+        (DilatedPattern((512,), (1,)), 10_000, True, ((0,),)),
+    ],
+)
+def test_groups(pattern, longest, is_causal, groups):
+    assert branch_groups(pattern, 128, longest, is_causal=is_causal) == groups
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 9)), min_size=1, max_size=5), st.booleans())
+def test_every_branch_is_in_one_group(branches, is_causal):
+    pattern = DilatedPattern(tuple(max(w, r) for w, r in branches), tuple(r for _, r in branches))
+    groups = branch_groups(pattern, 16, 400, is_causal=is_causal)
+    assert sorted(i for group in groups for i in group) == list(range(len(branches)))
+    for group in groups:
+        assert part_of(pattern, group).branches == tuple(pattern.branches[i] for i in group)
 
 
 def test_no_rows_no_cells_and_rows_beyond_32_bits_are_refused():
