@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ...patterns import DilatedPattern
-from ...patterns.blocks import BlockPattern, BlockPlan, block_plan
+from ...patterns.blocks import BlockPattern, BlockPlan, block_plan, tiles_of
 from ...patterns.codes import decode
-from ...patterns.union import bind
+from ...patterns.content import SelectedBlocks
+from ...patterns.union import bind, members_of, without_choices
 from ...types import Document, Options, Shape
 from ..problem import Problem
 from ..tables import covered
+from .packing import Packed, pack
 from .rectangles import BackwardLists, ForwardLists, backward_lists, forward_lists
 
 
@@ -44,8 +46,36 @@ class SparseProblem:
         )
 
     @cached_property
+    def selection(self) -> Tensor | None:
+        """(B, H, Nq, keep) blocks that rows have chosen for themselves; None where they see what their tiles list."""
+        if self.given is not None or not self.options.is_causal or getattr(self.pattern, "dilated", ()):
+            return None
+        return next((m.selection for m in members_of(self.pattern) if isinstance(m, SelectedBlocks)), None)
+
+    @cached_property
+    def listed(self) -> SparseProblem:
+        """The problem of those blocks that all rows of a tile see: this one, unless rows choose for themselves."""
+        if self.selection is None:
+            return self
+        rest = self.shape, self.options, self.documents, self.dtype, self.device, self.has_mask
+        if isinstance(self.pattern, SelectedBlocks):
+            return _always_seen(self.pattern.always, *rest)
+        return SparseProblem(without_choices(self.pattern), *rest)
+
+    @cached_property
+    def packed(self) -> Packed:
+        """Where rows choose for themselves: what they chose, by key tile."""
+        assert self.selection is not None
+        size, is_causal = self.pattern.block_size, self.options.is_causal
+        tiles = tiles_of(self.shape, self.documents, size, is_causal=is_causal, device=self.device)
+        overlapping = None if isinstance(self.pattern, SelectedBlocks) else self.listed.plan
+        return pack(self.selection, self.shape, tiles, overlapping)
+
+    @cached_property
     def every_row_has_keys(self) -> bool:
         """Whether no row is without keys, as far as lists can tell: blocks that are seen whole, and no mask."""
+        if self.selection is not None:
+            return self.listed.every_row_has_keys
         plan = self.plan
         listed = plan.whole is None and not self.has_mask and covered(self.carrier, "query")
         return listed and bool((plan.counts > 0).all())
@@ -72,6 +102,12 @@ class SparseProblem:
         """The same tensors under some dilated pattern: what helpers that look at no pattern take."""
         lone = DilatedPattern((1,), (1,))
         return Problem(lone, self.shape, self.options, self.documents, self.dtype, self.device, self.has_mask)
+
+
+@lru_cache(maxsize=32)
+def _always_seen(*arguments: Any) -> SparseProblem:
+    """Made once, for these lists are no content's."""
+    return SparseProblem(*arguments)
 
 
 @lru_cache(maxsize=32)
