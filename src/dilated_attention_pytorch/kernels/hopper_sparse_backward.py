@@ -31,6 +31,7 @@ from .hopper_backward import (
 from .hopper_backward_kernel import LONGEST, _allocate, _as_4d, _consumer, _put, _writer
 from .launch import Address, Launch
 from .schedule import Work
+from .spread_work import SpreadWork
 
 _ONE_PASS = 64 << 20
 """Bytes of float32 sums of dQ up to which all heads are done in one pass: more passes only cost the host time."""
@@ -245,7 +246,7 @@ def backward(
     tiles: Tensor,
     segments: Tensor,
     records: Tensor,
-    work: Work,
+    work: Work | SpreadWork,
     is_causal: bool,
     scale: float,
 ) -> Tensor:

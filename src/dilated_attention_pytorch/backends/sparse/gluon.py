@@ -43,7 +43,7 @@ def unsupported(problem: SparseProblem, *, backward: bool = False, grad_lse: boo
         return f"the kernels count rows in 32 bits, and there are {shape.batch * shape.key_rows}"
     if problem.selection is not None:
         return chosen.unsupported(problem)
-    if problem.plan.whole is not None:
+    if not problem.by_content and problem.plan.whole is not None:
         return "the pattern shows parts of blocks, and the kernels take whole ones"
     return None
 

@@ -102,8 +102,11 @@ def pack(selection: Tensor, shape: Shape, tiles: Tiles, listed: BlockPlan | None
 
 def row_tables(shape: Shape, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """(B, Nq) each: what turns a block of a row's document into a key tile, and the query tile that a row is in."""
-    batch, first, _, count = tiles.queries.tiles.long().unbind(1)
     total = shape.batch * shape.query_rows
+    if not len(tiles.queries.block):
+        none = torch.zeros(shape.batch, shape.query_rows, dtype=torch.int32, device=tiles.keys.device)
+        return none, none
+    batch, first = tiles.queries.tiles[:, :2].long().unbind(1)
     place = torch.arange(total, device=first.device)
     starts = batch * shape.query_rows + first
     tile = (torch.searchsorted(starts, place, right=True) - 1).clamp(min=0)

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ...patterns import DilatedPattern
-from ...patterns.blocks import BlockPattern, BlockPlan, block_plan, tiles_of
+from ...patterns.blocks import BlockPattern, BlockPlan, Tiles, block_plan, tiles_of
 from ...patterns.codes import decode
 from ...patterns.content import SelectedBlocks
 from ...patterns.union import bind, members_of, without_choices
 from ...types import Document, Options, Shape
 from ..problem import Problem
 from ..tables import covered
+from . import content_lists
 from .packing import Packed, pack
-from .rectangles import BackwardLists, ForwardLists, backward_lists, forward_lists
+from .rectangles import TILE, BackwardLists, ForwardLists, backward_lists, forward_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +67,34 @@ class SparseProblem:
     def packed(self) -> Packed:
         """Where rows choose for themselves: what they chose, by key tile."""
         assert self.selection is not None
-        size, is_causal = self.pattern.block_size, self.options.is_causal
-        tiles = tiles_of(self.shape, self.documents, size, is_causal=is_causal, device=self.device)
         overlapping = None if isinstance(self.pattern, SelectedBlocks) else self.listed.plan
-        return pack(self.selection, self.shape, tiles, overlapping)
+        return pack(self.selection, self.shape, self.tiles, overlapping)
+
+    @property
+    def tiles(self) -> Tiles:
+        """The tiles of query and key."""
+        return tiles_of(
+            self.shape, self.documents, self.pattern.block_size, is_causal=self.options.is_causal, device=self.device
+        )
+
+    @property
+    def by_content(self) -> bool:
+        """Whether content has chosen blocks of 128 for whole tiles, whose lists are made without a plan."""
+        whole = self.given is None and not self.options.is_causal and isinstance(self.pattern, SelectedBlocks)
+        return whole and self.pattern.block_size == TILE
+
+    @cached_property
+    def _content(self) -> content_lists.Columns:
+        assert isinstance(self.pattern, SelectedBlocks)
+        return content_lists.Columns(self.pattern, self.tiles)
 
     @cached_property
     def every_row_has_keys(self) -> bool:
         """Whether no row is without keys, as far as lists can tell: blocks that are seen whole, and no mask."""
         if self.selection is not None:
             return self.listed.every_row_has_keys
+        if self.by_content:  # every row sees its own block
+            return not self.has_mask and covered(self.carrier, "query")
         plan = self.plan
         listed = plan.whole is None and not self.has_mask and covered(self.carrier, "query")
         return listed and bool((plan.counts > 0).all())
@@ -84,6 +103,8 @@ class SparseProblem:
     def forward_lists(self) -> ForwardLists:
         """The lists as the Hopper kernel of the forward pass reads them."""
         shape = self.shape
+        if self.by_content:
+            return content_lists.forward_lists(self._content, shape, self.tiles)
         return forward_lists(
             self.plan, shape.heads, shape.query_rows, shape.key_rows, is_causal=self.options.is_causal
         )  # fmt: skip
@@ -92,6 +113,8 @@ class SparseProblem:
     def backward_lists(self) -> BackwardLists:
         """The lists as the Hopper kernel of the backward pass reads them."""
         shape = self.shape
+        if self.by_content:
+            return content_lists.backward_lists(self._content, shape, self.tiles)
         return backward_lists(
             self.plan, shape.heads, shape.kv_heads, shape.query_rows, shape.key_rows,
             is_causal=self.options.is_causal,

@@ -1,0 +1,98 @@
+"""Choosing key blocks by their summaries with a kernel of its own, where there is one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...kernels import has_triton, interpreted
+from ...patterns.blocks import QueryBlocks
+from ...patterns.content import ContentTopK
+from .. import triton as dilated
+from ..tables import capability
+from .tiled import Layout
+
+_MOST = 256
+"""Blocks that a row may choose: the tile of numbers among which the best are looked for has room for twice as many."""
+_BITS = 4
+"""Bits between looks whether all rows of a program are done."""
+_PROGRAMS = 4
+"""Programs a processor."""
+
+
+def has_kernel(content: ContentTopK, query: Tensor, blocks: QueryBlocks, scale: float) -> bool:
+    """Whether `choose` takes a call: rows that choose for themselves, on a GPU."""
+    return (
+        blocks.is_causal
+        and content.keep <= _MOST
+        and scale > 0
+        and query.dtype != torch.float64
+        and dilated._padded(query.shape[3]) <= 256
+        and query.is_cuda
+        and has_triton()
+        and (torch.version.hip is not None or capability(str(query.device)) >= (8, 0))
+    )
+
+
+@lru_cache(maxsize=8)
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS
+
+
+def choose(
+    found: Tensor,
+    content: ContentTopK,
+    query: Tensor,
+    own: Layout,
+    low: Tensor,
+    high: Tensor,
+    shift: Tensor,
+    summaries: Tensor,
+    filled: Tensor,
+    scale: float,
+) -> None:
+    """Write what every row chooses into ``found`` (B, H, Nq, keep), which holds -1.
+
+    Args:
+        found, content, query, own, summaries, filled, scale: as for `selection.choose_blocks`.
+        low, high: (T,) first and last + 1 key tile that a query tile may choose.
+        shift: (T,) key tile of a query tile's document less its block.
+    """
+    from ...kernels.block_choice import POOLINGS, block_choice_kernel
+
+    heads, rows = query.shape[2], found.shape[2]
+    aligned = dilated._aligned(query)
+    dim, padded = aligned.shape[3], dilated._padded(aligned.shape[3])
+    pooling = POOLINGS[content.pooling]
+    wide = pooling == 2 or query.dtype == torch.float32  # squares of a query need float32
+    split = not wide
+    table = torch.nn.functional.pad(summaries, (0, padded - summaries.shape[3])).contiguous()
+    rest = table
+    if split:
+        rest = (table - (half := table.to(query.dtype)).to(table.dtype)).to(query.dtype)
+        table = half
+    tiles, size = own.rows.shape
+    # Positions that a query has no row for, and rows of other ranks, choose nothing.
+    places = own.rows.masked_fill(~own.exists | (own.rows >= found.shape[0] * rows), -1).int()
+    cpu = query.device.type == "cpu" and interpreted()
+    keep = -(-content.keep // (32 if content.keep <= 32 else 64)) * (32 if content.keep <= 32 else 64)
+    lines, columns = min(64, size), 32 if keep == 32 else 64
+    width = 64 if cpu and keep == 32 else max(256, 1 << (2 * keep - 1).bit_length())
+    total = heads * tiles * (size // lines)
+    programs = min(total, _programs(query.device))
+    values = torch.empty((programs, width, lines), dtype=torch.float32, device=query.device)
+    indices = torch.empty((programs, keep, lines), dtype=torch.int32, device=query.device)
+    unit = dilated._unit(aligned)
+    strides = (aligned.stride(i) // unit if aligned.shape[i] > 1 else 0 for i in range(3))
+    block_choice_kernel[(programs,)](
+        aligned, table, rest, filled.to(torch.uint8), places, low.int(), high.int(), shift.int(), found, values,
+        indices, total, tiles, heads, heads // summaries.shape[0], summaries.shape[1], query.shape[1],
+        summaries.shape[2], content.keep, *strides, scale / 2,
+        ROWS=lines, SIZE=size, WIDTH=width, KEEP=keep, COLUMNS=columns, BITS=_BITS, D=dim, PADDED=padded, POOLING=pooling,
+        SPLIT=split, WIDE=wide, PRECISION="tf32x3", UNIT=unit, num_warps=8 if width * lines > 1 << 13 else 4,
+        num_stages=2,
+    )  # fmt: skip
