@@ -58,8 +58,8 @@ def block_choice_kernel(
     query, table, rest, filled, rows_of_tiles, low, high, shift, chosen, values, indices,
     total, query_tiles, heads, group, summary_tiles, query_rows_total, parts, keep, q_batch, q_row, q_head, half_scale,
     ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, COLUMNS: tl.constexpr,
-    BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr, SPLIT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """chosen (B, H, Nq, keep): the best blocks of every row, in ascending order; other places stay as they are.
 

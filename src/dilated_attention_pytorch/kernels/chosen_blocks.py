@@ -71,11 +71,11 @@ def chosen_forward_kernel(
     columns, dims, value_dims = tl.arange(0, KEYS), tl.arange(0, PADDED), tl.arange(0, PADDED_V)
     keys_at = key + batch * k_batch + kv_head.to(tl.int64) * k_head
     values_at = value + batch * v_batch + kv_head.to(tl.int64) * v_head
-    if SIZE == KEYS:  # the keys stay where they are for all tiles of rows
-        k, v, seen = block_of_keys(
-            keys_at, values_at, hidden + batch * hidden_batch, key_row, key_count, columns, k_row, v_row, dims,
-            value_dims, D, DV, HIDDEN,
-        )  # fmt: skip
+    # The first part of a block; where that is all of it, it stays where it is for all tiles of rows.
+    k, v, seen = block_of_keys(
+        keys_at, values_at, hidden + batch * hidden_batch, key_row, key_count, columns, k_row, v_row, dims, value_dims,
+        D, DV, HIDDEN,
+    )  # fmt: skip
     for start in range(0, count, BLOCK):
         steps = start + tl.arange(0, BLOCK)
         there = steps < count

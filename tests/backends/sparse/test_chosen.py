@@ -1,4 +1,4 @@
-"""Blocks that rows choose for themselves through the kernels over packed rows, interpreted, against the dense oracle."""
+"""Blocks that rows choose for themselves: the kernels over packed rows, interpreted, against the dense oracle."""
 
 from __future__ import annotations
 

@@ -50,11 +50,10 @@ def choice(content, shape, documents):
         tiles.queries.tiles.tolist(), tiles.queries.total.tolist(), tiles.first_block.tolist(), strict=True
     ):
         own = position // size
-        others = [
-            j for j in range(max(low, content.always_first), total) if abs(j - own) > content.always_local
-        ]  # fmt: skip
+        others = [j for j in range(max(low, content.always_first), total) if abs(j - own) > content.always_local]
         for head in range(shape.heads):
-            order = torch.randperm(len(others), generator=draw)[: int(torch.randint(content.keep + 1, (1,), generator=draw))]
+            number = int(torch.randint(content.keep + 1, (1,), generator=draw))
+            order = torch.randperm(len(others), generator=draw)[:number]
             found[batch, head, row, : len(order)] = torch.tensor(others, dtype=torch.int32)[order]
     return found
 

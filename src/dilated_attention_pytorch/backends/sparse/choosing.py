@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...kernels import has_triton, interpreted
+from ...kernels import has_triton
 from ...patterns.blocks import QueryBlocks
 from ...patterns.content import ContentTopK
 from .. import triton as dilated
@@ -16,6 +16,8 @@ from .tiled import Layout
 
 _MOST = 256
 """Blocks that a row may choose: the tile of numbers among which the best are looked for has room for twice as many."""
+_LEAST = 256
+"""Numbers of a row among which the best are looked for at once, at least."""
 _BITS = 4
 """Bits between looks whether all rows of a program are done."""
 _PROGRAMS = 4
@@ -64,24 +66,21 @@ def choose(
     """
     from ...kernels.block_choice import POOLINGS, block_choice_kernel
 
-    heads, rows = query.shape[2], found.shape[2]
-    aligned = dilated._aligned(query)
+    rows, heads = found.shape[2:0:-1]
+    aligned = dilated._aligned(query.reshape(found.shape[0], rows, heads, query.shape[3]))
     dim, padded = aligned.shape[3], dilated._padded(aligned.shape[3])
     pooling = POOLINGS[content.pooling]
-    wide = pooling == 2 or query.dtype == torch.float32  # squares of a query need float32
-    split = not wide
-    table = torch.nn.functional.pad(summaries, (0, padded - summaries.shape[3])).contiguous()
-    rest = table
-    if split:
-        rest = (table - (half := table.to(query.dtype)).to(table.dtype)).to(query.dtype)
-        table = half
+    wide = pooling == POOLINGS["moments"] or query.dtype == torch.float32  # squares of a query need float32
+    table = rest = torch.nn.functional.pad(summaries, (0, padded - summaries.shape[3])).contiguous()
+    if not wide:
+        table = table.to(query.dtype)
+        rest = (rest - table.to(rest.dtype)).to(query.dtype)
     tiles, size = own.rows.shape
     # Positions that a query has no row for, and rows of other ranks, choose nothing.
     places = own.rows.masked_fill(~own.exists | (own.rows >= found.shape[0] * rows), -1).int()
-    cpu = query.device.type == "cpu" and interpreted()
-    keep = -(-content.keep // (32 if content.keep <= 32 else 64)) * (32 if content.keep <= 32 else 64)
-    lines, columns = min(64, size), 32 if keep == 32 else 64
-    width = 64 if cpu and keep == 32 else max(256, 1 << (2 * keep - 1).bit_length())
+    lines, columns = min(64, size), 32 if content.keep <= 32 else 64
+    keep = -(-content.keep // columns) * columns
+    width = max(_LEAST, 1 << (2 * keep - 1).bit_length())
     total = heads * tiles * (size // lines)
     programs = min(total, _programs(query.device))
     values = torch.empty((programs, width, lines), dtype=torch.float32, device=query.device)
@@ -90,9 +89,9 @@ def choose(
     strides = (aligned.stride(i) // unit if aligned.shape[i] > 1 else 0 for i in range(3))
     block_choice_kernel[(programs,)](
         aligned, table, rest, filled.to(torch.uint8), places, low.int(), high.int(), shift.int(), found, values,
-        indices, total, tiles, heads, heads // summaries.shape[0], summaries.shape[1], query.shape[1],
-        summaries.shape[2], content.keep, *strides, scale / 2,
-        ROWS=lines, SIZE=size, WIDTH=width, KEEP=keep, COLUMNS=columns, BITS=_BITS, D=dim, PADDED=padded, POOLING=pooling,
-        SPLIT=split, WIDE=wide, PRECISION="tf32x3", UNIT=unit, num_warps=8 if width * lines > 1 << 13 else 4,
-        num_stages=2,
+        indices, total, tiles, heads, heads // summaries.shape[0], summaries.shape[1], rows, summaries.shape[2],
+        content.keep, *strides, scale / 2,
+        ROWS=lines, SIZE=size, WIDTH=width, KEEP=keep, COLUMNS=columns, BITS=_BITS, D=dim, PADDED=padded,
+        POOLING=pooling, SPLIT=not wide, WIDE=wide, PRECISION="tf32x3", UNIT=unit,
+        num_warps=8 if width * lines > 1 << 13 else 4, num_stages=2,
     )  # fmt: skip

@@ -38,10 +38,10 @@ class _Sizes:
 
 def _sizes(dim: int, block_size: int, itemsize: int, device: str, *, backward: bool) -> _Sizes:
     """Tile sizes for a padded head dim: a whole block of keys where it fits."""
-    kind = "key" if backward else "forward"
-    plain = dilated._sizes(dim, itemsize, device, kind)  # type: ignore[arg-type]
+    plain = dilated._sizes(dim, itemsize, device, "key" if backward else "forward")
     needed = (2 * block_size + 4 * 64) * dim * itemsize
-    if torch.device(device).type == "cuda" and itemsize == 2 and dim <= 128 and needed <= dilated._shared_memory(device):
+    fits = torch.device(device).type == "cuda" and needed <= dilated._shared_memory(device)
+    if fits and itemsize == 2 and dim <= 128:
         return _Sizes(64, block_size, 8 if backward and block_size == 128 and dim > 64 else 4, 2)
     if backward:
         return _Sizes(plain.others, min(plain.block, block_size), plain.warps, plain.stages)

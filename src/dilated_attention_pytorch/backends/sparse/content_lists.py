@@ -67,7 +67,7 @@ def backward_lists(columns: Columns, shape: Shape, tiles: Tiles) -> BackwardList
     """`rectangles.backward_lists` of what content has chosen, not causal."""
     row, position, rows = (column[:-1] for column in _flat(tiles.queries.tiles, shape.query_rows))
     key_row, key_position, key_rows = _flat(tiles.keys, shape.key_rows)
-    heads, count = columns.tile.shape[:2]
+    heads = len(columns.tile)
     halves = torch.arange(TILE // QUERIES, device=row.device) * QUERIES
     high = (rows[:, None] - halves).clamp(max=QUERIES)  # (T, halves): rows of each half, none or fewer
     tile = columns.tile[..., None]

@@ -160,9 +160,10 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     if torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse):
         gradients = sparse_backward(grad_out, grad_lse, *saved, lists, *ctx.rest)
     elif (problem := getattr(ctx, "problem", None)) is not None:
-        gradients = _backward_of(problem, grad_out, grad_lse, *saved[:6], saved[8], ctx.rest[-1])
+        query, key, value, out, lse, mask, _, _, seed = saved
+        gradients = _backward_of(problem, grad_out, grad_lse, query, key, value, out, lse, mask, seed, ctx.rest[-1])
     else:
-        gradients = _backward(grad_out, grad_lse, *saved, lists, *ctx.rest)
+        gradients = _backward(*(grad_out, grad_lse, *saved, lists, *ctx.rest))
     return *gradients, *empty[0], empty[1], *empty[2]
 
 
@@ -184,8 +185,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         # Kept, since what rows have chosen is sorted once for both passes.
-        ctx.problem = sparse_problem(*inputs[:6], *inputs[7:13])
-        output = _forward_of(ctx.problem, *inputs[:4], inputs[6], inputs[13])
+        query, key, value, mask, _, _, seed = inputs[:7]
+        ctx.problem = sparse_problem(*(*inputs[:6], *inputs[7:13]))
+        output = _forward_of(ctx.problem, query, key, value, mask, seed, inputs[13])
         _setup_context(ctx, inputs, output)
         return output
 

@@ -85,7 +85,7 @@ def pack(selection: Tensor, shape: Shape, tiles: Tiles, listed: BlockPlan | None
         tiles: of the query, and of all keys.
         listed: whole blocks that rows see anyhow, which may be among the chosen ones; None: which cannot.
     """
-    batch, heads, rows, keep = selection.shape
+    batch, heads, _, keep = selection.shape
     key_tiles = len(tiles.keys)
     shift, tile_of_row = row_tables(shape, tiles)
     found = torch.where(selection >= 0, selection + shift[:, None, :, None], -1)

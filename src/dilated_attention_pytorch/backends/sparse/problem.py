@@ -14,7 +14,7 @@ from ...patterns import DilatedPattern
 from ...patterns.blocks import BlockPattern, BlockPlan, Tiles, block_plan, tiles_of
 from ...patterns.codes import decode
 from ...patterns.content import SelectedBlocks
-from ...patterns.union import bind, members_of, without_choices
+from ...patterns.union import Union, bind, members_of, without_choices
 from ...types import Document, Options, Shape
 from ..problem import Problem
 from ..tables import covered
@@ -49,7 +49,8 @@ class SparseProblem:
     @cached_property
     def selection(self) -> Tensor | None:
         """(B, H, Nq, keep) blocks that rows have chosen for themselves; None where they see what their tiles list."""
-        if self.given is not None or not self.options.is_causal or getattr(self.pattern, "dilated", ()):
+        by_pairs = isinstance(self.pattern, Union) and self.pattern.dilated
+        if self.given is not None or not self.options.is_causal or by_pairs:
             return None
         return next((m.selection for m in members_of(self.pattern) if isinstance(m, SelectedBlocks)), None)
 
