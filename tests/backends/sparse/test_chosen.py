@@ -1,4 +1,4 @@
-"""Blocks that rows choose for themselves: the kernels over packed rows, interpreted, against the dense oracle."""
+"""Blocks that rows choose for themselves: packed rows, by interpreted and by PyTorch's kernels, and the dense oracle."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ SHAPE = {"seed": 3, "key_rows": 89, "kv_heads": 2, "head_dim": 16, "pattern": CO
 
 
 def violations(oracle, case):
-    return oracle.violations(case, ("triton",), counts=partial(oracle.chosen_multiset, case))
+    backends = ("triton",) if case.dropout_p else ("triton", "sdpa")
+    return oracle.violations(case, backends, counts=partial(oracle.chosen_multiset, case))
 
 
 @pytest.mark.parametrize(
@@ -66,11 +67,20 @@ def test_some_heads_at_a_time(oracle, monkeypatch):
     assert not (found := violations(oracle, case)), "\n".join(found)
 
 
-def test_the_future_changes_no_bit():
-    q, k, v = (torch.randn(1, 70, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    attend = partial(sparse_attention_with_lse, pattern=CONTENT, is_causal=True, backend="triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_of_vendor_kernels(dtype, oracle):
+    case = oracle.Case(**{**SHAPE, "pattern": OVERLAPPING}, dtype=dtype, grad_lse=True)
+    found = oracle.violations(case, ("sdpa",), counts=partial(oracle.chosen_multiset, case))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("triton", 70), ("sdpa", 70), ("sdpa", 700)])
+def test_the_future_changes_no_bit(backend, rows):
+    q, k, v = (torch.randn(1, rows, 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    k, v = k[:, :, :2], v[:, :, :2]
+    attend = partial(sparse_attention_with_lse, pattern=CONTENT, is_causal=True, backend=backend)
     before = attend(q, k, v)
-    for t in (15, 16, 60):
+    for t in (15, 16, 60, rows - 10):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[:, t] = 3.0
