@@ -1,4 +1,4 @@
-"""Blocks that rows choose for themselves: packed rows, by interpreted and by PyTorch's kernels, and the dense oracle."""
+"""Blocks that rows choose for themselves: packed rows, by our kernels and by PyTorch's, against the dense oracle."""
 
 from __future__ import annotations
 
