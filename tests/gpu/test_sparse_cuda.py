@@ -156,11 +156,14 @@ def test_bound_b_of_blocks_chosen_by_content(name, backend, head_dim):
     assert not (found := sparse_violations(case, (backend,), device="cuda", counts=counts)), "\n".join(found)
 
 
-@pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"dropout_p": 0.3}, {"hidden": "random", "batch": 2}])
+ALONE = {"float32": {"dtype": torch.float32}, "dropout": {"dropout_p": 0.3}, "mask": {"hidden": "random", "batch": 2}}
+
+
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("block_size", [16, 128])
-def test_bound_b_of_rows_that_choose_for_themselves(block_size, options):
+def test_bound_b_of_rows_that_choose_for_themselves(block_size, name):
     pattern = ContentTopK(2, always_first=1, block_size=block_size)
-    case = case_of({"key_rows": 600, "is_causal": True, "dtype": torch.float16, **options}, pattern=pattern)
+    case = case_of({"key_rows": 600, "is_causal": True, "dtype": torch.float16, "pattern": pattern, **ALONE[name]})
     counts = partial(chosen_multiset, case, device="cuda")
     assert not (found := sparse_violations(case, ("triton",), device="cuda", counts=counts)), "\n".join(found)
 
@@ -179,7 +182,7 @@ def test_rows_choose_the_blocks_of_the_largest_scores(dtype, keep):
     best = scores.topk(keep).values
     got = scores.gather(2, found.clamp(min=0)).masked_fill(found < 0, -torch.inf).sort(2, descending=True).values
     assert all(len(set(row)) == len(row) for row in found[0, -5:].tolist())
-    torch.testing.assert_close(got, best, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, best, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

@@ -72,3 +72,17 @@ def test_bound_b_of_blocks_chosen_by_content(case):
         **{"seed": 5, "key_rows": 601, "kv_heads": 2, "grad_lse": True, "head_dim": 64, **case}, dtype=torch.bfloat16
     )  # fmt: skip
     assert not sparse_violations(case, ("gluon",), counts=partial(chosen_multiset, case))
+
+
+@pytest.mark.usefixtures("interpreted_hopper")
+@pytest.mark.parametrize("pattern", [GlobalLocal(0, 1), LocalWindow(128, 128)], ids=["one heavy tile", "even"])
+def test_some_heads_at_a_time(pattern, monkeypatch):
+    """Sums of dQ of some heads at a time, or of more where one tile would take longer than all others."""
+    from dilated_attention_pytorch.kernels import hopper_sparse_backward
+
+    monkeypatch.setattr(hopper_sparse_backward, "_ONE_PASS", 0)
+    monkeypatch.setattr(hopper_sparse_backward, "_heads_per_pass", lambda *_: 1)
+    case = SparseCase(
+        seed=5, key_rows=601, kv_heads=3, head_dim=64, pattern=pattern, is_causal=True, dtype=torch.bfloat16
+    )
+    assert not sparse_violations(case, ("gluon",))

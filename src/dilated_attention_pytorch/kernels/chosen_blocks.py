@@ -21,11 +21,13 @@ CHOSEN_COUNTS = [
 
 
 @triton.jit
-def entries_of(order, begin, steps, there, keep, query_rows_total):
-    """(entry, head within its group, query row) of packed rows; an entry is (head * rows + row) * keep + choice."""
-    entry = tl.load(order + begin + steps, mask=there, other=0).to(tl.int32)
-    row = entry // keep
-    return entry, row // query_rows_total, row % query_rows_total
+def rows_of_entries(order_rows, begin, steps, there, query_rows_total, ALONE: tl.constexpr):
+    """(head within its group, query row) of packed rows; ``ALONE``: one head is the group."""
+    row = tl.load(order_rows + begin + steps, mask=there, other=0)
+    if ALONE:
+        return tl.zeros_like(row), row
+    else:
+        return row // query_rows_total, row % query_rows_total
 
 
 @triton.jit
@@ -44,17 +46,19 @@ def block_of_keys(
 
 @triton.jit(do_not_specialize=CHOSEN_COUNTS)
 def chosen_forward_kernel(
-    query, key, value, hidden, part_out, part_lse, pieces, order, key_tiles,
+    query, key, value, hidden, part_out, part_lse, pieces, order, order_rows, key_tiles,
     entries_of_list, keep, first_list, programs_of_list, kv_heads, group, query_rows_total, first_query,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, hidden_batch,
     scale_log2, seed, drop_below, keep_scale,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
     D: tl.constexpr, PADDED: tl.constexpr, DV: tl.constexpr, PADDED_V: tl.constexpr,
-    HIDDEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    HIDDEN: tl.constexpr, DROPOUT: tl.constexpr, ALONE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """part_out (lists, entries, DV) and part_lse (lists, entries) of the entries of one piece of one key tile.
 
-    ``pieces`` (lists, programs, 3): key tile, first entry in ``order`` (lists, entries), entries.
+    ``pieces`` (lists, programs, 3): key tile, first entry in ``order``, entries. ``order``, ``order_rows`` (lists,
+    entries) int32: an entry is (head * rows + row) * keep + choice, and its (head * rows + row).
     """
     q_batch, q_row, q_head = q_batch * UNIT, q_row * UNIT, q_head * UNIT
     k_batch, k_row, k_head = k_batch * UNIT, k_row * UNIT, k_head * UNIT
@@ -79,7 +83,7 @@ def chosen_forward_kernel(
     for start in range(0, count, BLOCK):
         steps = start + tl.arange(0, BLOCK)
         there = steps < count
-        entry, member, row = entries_of(order, begin, steps, there, keep, query_rows_total)
+        member, row = rows_of_entries(order_rows, begin, steps, there, query_rows_total, ALONE)
         head = kv_head * group + member
         q = load_rows(
             query + batch * q_batch + (head.to(tl.int64) * q_head + row.to(tl.int64) * q_row)[:, None] + dims[None, :],
@@ -115,7 +119,7 @@ def chosen_forward_kernel(
             largest = new
         share = tl.where(total == 0, 0.0, 1.0 / total)
         natural = tl.where(total == 0, -float("inf"), (largest + tl.log2(total)) * 0.6931471805599453)
-        slot = place.to(tl.int64) * entries_of_list + entry
+        slot = place.to(tl.int64) * entries_of_list + tl.load(order + begin + steps, mask=there, other=0)
         tl.store(
             part_out + slot[:, None] * DV + value_dims[None, :],
             (accumulator * share[:, None]).to(part_out.dtype.element_ty),
@@ -172,13 +176,14 @@ def chosen_join_kernel(
 @triton.jit(do_not_specialize=CHOSEN_COUNTS)
 def chosen_backward_kernel(
     query, key, value, hidden, grad_out, lse, delta, part_grad, grad_key, grad_value, heavy, first_entry, counts,
-    order, key_tiles, entries_of_list, keep, first_list, key_tiles_total, kv_heads, group, query_rows_total,
+    order, order_rows, key_tiles, entries_of_list, keep, first_list, key_tiles_total, kv_heads, group, query_rows_total,
     first_query, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head,
     dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, hidden_batch, scale, scale_log2, seed, drop_below,
     keep_scale,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr,
     D: tl.constexpr, PADDED: tl.constexpr, DV: tl.constexpr, PADDED_V: tl.constexpr,
-    HIDDEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    HIDDEN: tl.constexpr, DROPOUT: tl.constexpr, ALONE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """dQ of every entry of BLOCK keys of one key tile, part_grad (lists, entries, D); their dK and dV are added.
 
@@ -217,7 +222,7 @@ def chosen_backward_kernel(
         for start in range(0, count, QUERIES):
             listed = start + tl.arange(0, QUERIES)
             there = listed < count
-            entry, member, query_row = entries_of(order, begin, listed, there, keep, query_rows_total)
+            member, query_row = rows_of_entries(order_rows, begin, listed, there, query_rows_total, ALONE)
             head = kv_head * group + member
             wide_row = query_row.to(tl.int64)
             flat = (batch * query_rows_total + wide_row) * heads + head
@@ -245,10 +250,10 @@ def chosen_backward_kernel(
             dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
             ds = (p * (dp - column_delta[None, :])).to(q.dtype)
             dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * scale
-            slot = place.to(tl.int64) * entries_of_list + entry
-            to = part_grad + slot[:, None] * D + dims[None, :]
-            real = there[:, None] & (dims < D)[None, :]
+            dq = tl.dot(tl.trans(k), ds, input_precision=PRECISION) * scale  # transposed, as the matrix unit wants it
+            slot = place.to(tl.int64) * entries_of_list + tl.load(order + begin + listed, mask=there, other=0)
+            to = part_grad + slot[None, :] * D + dims[:, None]
+            real = there[None, :] & (dims < D)[:, None]
             if SIZE > BLOCK:
                 dq += tl.load(to, mask=real & (skipped > 0), other=0.0).to(tl.float32)
             tl.store(to, dq.to(part_grad.dtype.element_ty), mask=real)

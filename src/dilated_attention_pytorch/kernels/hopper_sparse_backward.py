@@ -187,10 +187,22 @@ class _Launches(NamedTuple):
     their starts), and of (dq sums, dq)."""
 
 
+@lru_cache(maxsize=64)
+def _heads_for_even_passes(work: Work | SpreadWork, programs: int) -> int:
+    """Key heads that a pass needs so that its heaviest tile does not take longer than all of it; 1 if nobody knows.
+
+    Two passes are under way at a time, so each may take twice its share of the processors.
+    """
+    if isinstance(work, SpreadWork) or not work.blocks.any():
+        return 1
+    passes = max(1, int(2 * work.blocks.sum() / programs // work.blocks.max()))
+    return -(-len(work.blocks) // passes)
+
+
 @lru_cache(maxsize=256)
 def _launches(
     query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
-    tiles: int, list_step: int, is_causal: bool, scale: float,
+    tiles: int, list_step: int, is_causal: bool, scale: float, least_heads: int,
 ) -> _Launches:  # fmt: skip
     batches, query_rows, heads, d = query
     key_rows, kv_heads = key[1:3]
@@ -203,7 +215,7 @@ def _launches(
         device, num_warps=4,
     )  # fmt: skip
     all_at_once = total * heads * d * 4 <= _ONE_PASS
-    per_pass = kv_heads if all_at_once else _heads_per_pass(query, key, dtype.itemsize)
+    per_pass = kv_heads if all_at_once else max(least_heads, _heads_per_pass(query, key, dtype.itemsize))
     scratch, scratch_strides = (1, total, per_pass * group, d), (0, per_pass * group * d, d, 1)
     block, stages, registers = _tuning(padded)
     constants = (heads, kv_heads, d, padded, block, stages, 1, 1, is_causal, False, (LONGEST,), (1,), False)
@@ -273,6 +285,7 @@ def backward(
         _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
         query.dtype, device, grad_lse is not None, len(tiles),
         len(tiles) if len(segments) > len(tiles) else 0, is_causal, scale,
+        _heads_for_even_passes(work, _processors(device)),
     )  # fmt: skip
     batches, query_rows, heads = query.shape[:3]
     sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)

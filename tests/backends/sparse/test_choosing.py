@@ -23,8 +23,8 @@ CASES = {
 
 
 def choose(pattern, dtype, *, rows, queries=None, heads=2, keep=2, size=16, cuts=None, key_start=0, hidden=False):
-    """(found by the kernel, by topk), sorted."""
-    draw = torch.Generator().manual_seed(7)
+    """What rows choose, sorted; of this draw no two scores are equal to 24 bits, as far as the kernel looks."""
+    draw = torch.Generator().manual_seed(11)
     query = torch.randn(1, queries or rows, heads, 24, generator=draw).to(dtype)
     key = torch.randn(1, rows, 2, 24, generator=draw).to(dtype)
     mask = torch.rand(1, rows, generator=draw) < 0.3 if hidden else None
@@ -59,4 +59,4 @@ def test_equal_scores_go_to_earlier_blocks(monkeypatch):
     query, key = torch.ones(1, 64, 1, 16), torch.ones(1, 640, 1, 16)
     key[:, 160:176] = 2.0
     found = sparse_select(query, key, None, None, None, ContentTopK(4, block_size=16).code, 0, True, None)
-    assert (found == torch.tensor([0, 1, 2, 10])).all()
+    assert (found == torch.tensor([10, 0, 1, 2])).all()

@@ -14,12 +14,10 @@ from .. import triton as dilated
 from ..tables import capability
 from .tiled import Layout
 
-_MOST = 256
-"""Blocks that a row may choose: the tile of numbers among which the best are looked for has room for twice as many."""
-_LEAST = 256
-"""Numbers of a row among which the best are looked for at once, at least."""
-_BITS = 4
-"""Bits between looks whether all rows of a program are done."""
+_WIDTH = 256
+"""Numbers of a row among which the best are looked for at once."""
+_MOST = _WIDTH // 2
+"""Blocks that a row may choose."""
 _PROGRAMS = 4
 """Programs a processor."""
 
@@ -80,18 +78,17 @@ def choose(
     places = own.rows.masked_fill(~own.exists | (own.rows >= found.shape[0] * rows), -1).int()
     lines, columns = min(64, size), 32 if content.keep <= 32 else 64
     keep = -(-content.keep // columns) * columns
-    width = max(_LEAST, 1 << (2 * keep - 1).bit_length())
     total = heads * tiles * (size // lines)
     programs = min(total, _programs(query.device))
-    values = torch.empty((programs, width, lines), dtype=torch.float32, device=query.device)
-    indices = torch.empty((programs, keep, lines), dtype=torch.int32, device=query.device)
+    numbers = torch.empty((programs, _WIDTH, lines), dtype=torch.int32, device=query.device)
+    indices = torch.empty((programs, 2 * keep, lines), dtype=torch.int32, device=query.device)
     unit = dilated._unit(aligned)
     strides = (aligned.stride(i) // unit if aligned.shape[i] > 1 else 0 for i in range(3))
     block_choice_kernel[(programs,)](
-        aligned, table, rest, filled.to(torch.uint8), places, low.int(), high.int(), shift.int(), found, values,
+        aligned, table, rest, filled.to(torch.uint8), places, low.int(), high.int(), shift.int(), found, numbers,
         indices, total, tiles, heads, heads // summaries.shape[0], summaries.shape[1], rows, summaries.shape[2],
         content.keep, *strides, scale / 2,
-        ROWS=lines, SIZE=size, WIDTH=width, KEEP=keep, COLUMNS=columns, BITS=_BITS, D=dim, PADDED=padded,
+        ROWS=lines, SIZE=size, WIDTH=_WIDTH, KEEP=keep, COLUMNS=columns, D=dim, PADDED=padded,
         POOLING=pooling, SPLIT=not wide, WIDE=wide, PRECISION="tf32x3", UNIT=unit,
-        num_warps=8 if width * lines > 1 << 13 else 4, num_stages=2,
+        num_warps=8 if lines == 64 else 4, num_stages=2,
     )  # fmt: skip

@@ -76,11 +76,13 @@ def _common(problem: SparseProblem, mask: Tensor | None, seed: int | None, align
     return {
         **shared,
         "order": packed.order,
+        "order_rows": packed.order_rows,
         "key_tiles": problem.listed.plan.key_tiles,
         "entries_of_list": packed.chosen.shape[1],
         "keep": packed.keep,
         "kv_heads": shape.kv_heads,
         "SIZE": problem.pattern.block_size,
+        "ALONE": shape.heads == shape.kv_heads,
     }
 
 

@@ -42,14 +42,20 @@ class Packed:
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
         found, order = torch.sort(self.chosen, dim=1, stable=True)
+        order = order.int()
         asked = torch.arange(self.tiles + 1, device=found.device, dtype=found.dtype).expand(len(found), -1).contiguous()
         edges = torch.searchsorted(found, asked, out_int32=True)
         return order, edges[:, :-1].contiguous(), edges.diff(dim=1)
 
     @property
     def order(self) -> Tensor:
-        """(lists, entries) int64: entries, those without a key tile first, then by key tile."""
+        """(lists, entries) int32: entries, those without a key tile first, then by key tile."""
         return self._sorted[0]
+
+    @cached_property
+    def order_rows(self) -> Tensor:
+        """(lists, entries) int32: head of its group * rows + row of the entries in that order."""
+        return self.order // self.keep
 
     @property
     def first(self) -> Tensor:
