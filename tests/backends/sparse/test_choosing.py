@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, w
 
 CASES = {
     "several pieces of blocks": {"rows": 4000, "queries": 20, "keep": 3},
-    "more than 32": {"rows": 1200, "queries": 20, "keep": 40},
+    "more than 32": {"rows": 1200, "queries": 6, "keep": 40},
     "packed": {"rows": 400, "cuts": (0, 53, 400), "size": 32},
     "left padding": {"rows": 150, "key_start": -20},
     "evicted": {"rows": 290, "queries": 30, "key_start": 27},
@@ -24,7 +24,7 @@ CASES = {
 
 def choose(pattern, dtype, *, rows, queries=None, heads=2, keep=2, size=16, cuts=None, key_start=0, hidden=False):
     """What rows choose, sorted; of this draw no two scores are equal to 24 bits, as far as the kernel looks."""
-    draw = torch.Generator().manual_seed(11)
+    draw = torch.Generator().manual_seed(7)
     query = torch.randn(1, queries or rows, heads, 24, generator=draw).to(dtype)
     key = torch.randn(1, rows, 2, 24, generator=draw).to(dtype)
     mask = torch.rand(1, rows, generator=draw) < 0.3 if hidden else None
