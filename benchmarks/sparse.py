@@ -8,8 +8,8 @@ at N = 4096, "block64" is "90" with blocks of 64. bfloat16, H = 16, D = 128. Bes
 PyTorch's FlexAttention. A ratio is the time of the faster of cuDNN's and flash's dense kernels over that of the call,
 in the same run; "kept" is the listed share of the blocks that dense attention computes, so 1 / kept is what a kernel
 of dense speed would reach. Rows "short" are also timed by the clock on the wall, calls back to back, where the host may
-be what takes the time. "selection" times choosing blocks by content, listing them, and calls that do both. --once runs
-everything once and times nothing: it fills the compilers' caches. Before
+be what takes the time. "selection" times choosing blocks by content, listing them, calls that do both, and attention to
+what they have chosen alone. --once runs everything once and times nothing: it fills the compilers' caches. Before
 anything is timed, a window over everything has to equal PyTorch's dense attention, gradients included.
 """
 
@@ -35,6 +35,7 @@ from dilated_attention_pytorch import (
     explain_sparse,
     sparse_attention,
 )
+from dilated_attention_pytorch.backends.sparse.dispatch import SPARSE_BACKENDS, choose_sparse
 from dilated_attention_pytorch.backends.sparse.problem import SparseProblem
 from dilated_attention_pytorch.backends.sparse.selection import sparse_select
 from dilated_attention_pytorch.backends.vendor import find_kernel
@@ -264,7 +265,6 @@ def selection(name: str, causal: bool, repeat_ms: int, kernels: tuple[str, ...])
     """The time of choosing blocks, of listing them for the kernels, and of whole calls, which do both once."""
     n, pattern = CHOICES[name]
     q, k, v, grad = tensors(n)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
 
     def choose() -> torch.Tensor:
         return sparse_select(q.detach(), k.detach(), None, None, None, pattern.code, 0, causal, None)
@@ -273,32 +273,47 @@ def selection(name: str, causal: bool, repeat_ms: int, kernels: tuple[str, ...])
         with torch.no_grad():
             return sparse_attention(q, k, v, pattern, is_causal=causal)
 
-    def backward() -> object:
-        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
-
     shape, documents = Shape(1, n, n, H, H, D, D), (Document(0, 1, 0, n, 0, n),)
     options = Options(causal, D**-0.5, 0.0, "mask", "exact")
     chosen = choose()
 
-    def listed() -> object:
-        problem = SparseProblem(pattern.bound([chosen]), shape, options, documents, torch.bfloat16, "cuda")
-        if causal:
-            return problem.listed.forward_lists, problem.packed.pieces(512)
-        return problem.forward_lists
+    def problem() -> SparseProblem:
+        return SparseProblem(pattern.bound([chosen]), shape, options, documents, torch.bfloat16, "cuda")
 
-    out = sparse_attention(*leaves, pattern, is_causal=causal)
-    functions = {"choose": choose, "list": listed, "call": call, "backward": backward}
+    def listed() -> object:
+        fresh = problem()
+        return fresh.packed.order_rows if causal else fresh.forward_lists
+
+    def listed_for_backward() -> object:  # what rows have chosen is packed once for both passes
+        return None if causal else problem().backward_lists
+
+    known = problem()
+    backend = SPARSE_BACKENDS[choose_sparse("auto", known)[0]]
+    inputs = [t.detach() for t in (q, k, v)]
+    out, lse = backend.forward(*inputs, known)
+
+    def attend() -> object:
+        return backend.forward(*inputs, known)
+
+    def attend_backward() -> object:
+        return backend.backward(grad, None, *inputs, out, lse, known)
+
+    functions = {
+        "choose": choose, "list": listed, "list_backward": listed_for_backward, "call": call, "attend": attend,
+        "attend_backward": attend_backward,
+    }  # fmt: skip
     ms = {f"{part}_ms": milliseconds(function, repeat_ms) for part, function in functions.items()}
-    chosen_ms = ms["choose_ms"] + ms["list_ms"]
     best = {one: min(kernel[one] for kernel in dense(n, causal, repeat_ms, kernels).values()) for one in DIRECTIONS}
+    extra = ms["call_ms"] - ms["attend_ms"]
+    with_backward = extra + (0.0 if causal else ms["list_backward_ms"])
     return {
         "pattern": repr(pattern),
         "causal": causal,
         **ms,
         "dense_ms": best["forward"],
         "dense_backward_ms": best["backward"],
-        "over_forward": chosen_ms / (ms["call_ms"] - chosen_ms),
-        "over_both": chosen_ms / (ms["call_ms"] - chosen_ms + ms["backward_ms"]),
+        "over_forward": extra / ms["attend_ms"],
+        "over_both": with_backward / (ms["attend_ms"] + ms["attend_backward_ms"]),
     }
 
 
@@ -358,8 +373,9 @@ def main() -> None:
                 found = selection(name, causal, repeat_ms, kernels)
                 line = (
                     f"{name}{' causal' if causal else ''}: choosing {found['choose_ms']:.2f} ms, listing "
-                    f"{found['list_ms']:.2f}, forward {found['call_ms']:.2f}, backward {found['backward_ms']:.2f}; of "
-                    f"attention {found['over_forward']:.1%}, with the backward pass {found['over_both']:.1%}"
+                    f"{found['list_ms']:.2f}, call {found['call_ms']:.2f}, its attention {found['attend_ms']:.2f}, "
+                    f"backward {found['attend_backward_ms']:.2f}; choosing and listing over attention "
+                    f"{found['over_forward']:.1%}, with the backward pass {found['over_both']:.1%}"
                 )
                 keep("selection", found, line)
 

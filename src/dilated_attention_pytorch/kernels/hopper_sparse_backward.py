@@ -187,15 +187,16 @@ class _Launches(NamedTuple):
     their starts), and of (dq sums, dq)."""
 
 
-@lru_cache(maxsize=64)
 def _heads_for_even_passes(work: Work | SpreadWork, programs: int) -> int:
     """Key heads that a pass needs so that its heaviest tile does not take longer than all of it; 1 if nobody knows.
 
     Two passes are under way at a time, so each may take twice its share of the processors.
     """
-    if isinstance(work, SpreadWork) or not work.blocks.any():
-        return 1
-    passes = max(1, int(2 * work.blocks.sum() / programs // work.blocks.max()))
+    if isinstance(work, SpreadWork):
+        total, heaviest = work.total, work.heaviest
+    else:
+        total, heaviest = int(work.blocks.sum()), int(work.blocks.max(initial=0))
+    passes = max(1, 2 * total // (programs * heaviest)) if heaviest else len(work.blocks)
     return -(-len(work.blocks) // passes)
 
 

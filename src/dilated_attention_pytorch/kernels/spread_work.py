@@ -28,10 +28,12 @@ class SpreadWork:
     Args:
         blocks: (heads, tiles) blocks that tiles meet.
         by_weight: whether the tiles of a head go out by their weight, the heaviest first; else as they lie.
+        total, heaviest: blocks of all tiles, and of one that is known to be heavy; 0 where none is.
     """
 
-    def __init__(self, blocks: Tensor, *, by_weight: bool) -> None:
+    def __init__(self, blocks: Tensor, *, by_weight: bool, total: int = 0, heaviest: int = 0) -> None:
         self.blocks, self._by_weight = blocks, by_weight
+        self.total, self.heaviest = total, heaviest
 
     def dealt(self, head: int, count: int, programs: int, device: torch.device) -> Schedule | None:
         """The tiles of ``count`` heads from ``head`` on, numbered within these."""

@@ -42,7 +42,7 @@ def _sizes(dim: int, block_size: int, itemsize: int, device: str, *, backward: b
     needed = (2 * block_size + 4 * 64) * dim * itemsize
     fits = torch.device(device).type == "cuda" and needed <= dilated._shared_memory(device)
     if fits and itemsize == 2 and dim <= 128:
-        return _Sizes(64, block_size, 8 if backward and block_size == 128 and dim > 64 else 4, 2)
+        return _Sizes(64, block_size, 8 if backward and block_size == 128 and dim > 64 else 4, 3)
     if backward:
         return _Sizes(plain.others, min(plain.block, block_size), plain.warps, plain.stages)
     return _Sizes(plain.block, min(plain.others, block_size), plain.warps, plain.stages)

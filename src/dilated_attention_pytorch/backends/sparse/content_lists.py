@@ -33,7 +33,7 @@ class Columns:
         found = torch.cat([always, picked], 2)
         real = (found >= first) & (found >= 0) & (found < total)
         shift = (tiles.first_tile - tiles.first_block)[:, None]
-        self.none = len(tiles.keys)
+        self.none, self.has_first = len(tiles.keys), content.always_first > 0
         self.tile = (found + shift).masked_fill(~real, self.none).int().sort(2).values.long()
         self.number = real.sum(2)
 
@@ -88,7 +88,8 @@ def backward_lists(columns: Columns, shape: Shape, tiles: Tiles) -> BackwardList
         torch.zeros_like(place),
     ], -1)  # fmt: skip
     work = numbers.sum(1).view(heads, columns.none).unflatten(0, (shape.kv_heads, -1)).sum(1)
+    # What all tiles list is the heaviest key tile that is known without asking the device.
+    heaviest = heads // shape.kv_heads * len(row) * len(halves) if columns.has_first else 0
+    spread = SpreadWork(work, by_weight=True, total=len(found), heaviest=heaviest)
     own = _packed(key_row[:-1], key_rows[:-1], key_position[:-1], torch.zeros_like(key_row[:-1]))
-    return BackwardLists(
-        own, segments, records.view(-1, 4)[order].int(), SpreadWork(work, by_weight=True)
-    )  # fmt: skip
+    return BackwardLists(own, segments, records.view(-1, 4)[order].int(), spread)
