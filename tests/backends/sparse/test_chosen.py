@@ -43,7 +43,7 @@ OPTIONS = {
     "all of it left padding": {"key_start": -89},
     "layouts": {"layouts": ("packed", "columns", "expanded", "strided_rows"), "batch": 2},
 }
-SHORT = ("grouped", "union", "parts of blocks", "mask", "packed", "all of it left padding")
+SHORT = ("grouped", "union", "mask", "all of it left padding")
 SHAPE = {"seed": 3, "key_rows": 89, "kv_heads": 2, "head_dim": 16, "pattern": CONTENT, "is_causal": True}
 
 
@@ -74,13 +74,13 @@ def test_other_dtypes_of_vendor_kernels(dtype, oracle):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("triton", 70), ("sdpa", 70), ("sdpa", 700)])
+@pytest.mark.parametrize(("backend", "rows"), [("triton", 50), ("sdpa", 700)])
 def test_the_future_changes_no_bit(backend, rows):
     q, k, v = (torch.randn(1, rows, 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     k, v = k[:, :, :2], v[:, :, :2]
     attend = partial(sparse_attention_with_lse, pattern=CONTENT, is_causal=True, backend=backend)
     before = attend(q, k, v)
-    for t in (15, 16, 60, rows - 10):
+    for t in (15, 16, rows - 10):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[:, t] = 3.0
