@@ -7,7 +7,9 @@
 at N = 4096, "block64" is "90" with blocks of 64. bfloat16, H = 16, D = 128. Beside the library's backends "flex" is
 PyTorch's FlexAttention. A ratio is the time of the faster of cuDNN's and flash's dense kernels over that of the call,
 in the same run; "kept" is the listed share of the blocks that dense attention computes, so 1 / kept is what a kernel
-of dense speed would reach. --once runs everything once and times nothing: it fills the compilers' caches. Before
+of dense speed would reach. Rows "short" are also timed by the clock on the wall, calls back to back, where the host may
+be what takes the time. "selection" times choosing blocks by content, listing them, calls that do both, and attention to
+what they have chosen alone. --once runs everything once and times nothing: it fills the compilers' caches. Before
 anything is timed, a window over everything has to equal PyTorch's dense attention, gradients included.
 """
 
@@ -33,12 +35,15 @@ from dilated_attention_pytorch import (
     explain_sparse,
     sparse_attention,
 )
+from dilated_attention_pytorch.backends.sparse.dispatch import SPARSE_BACKENDS, choose_sparse
 from dilated_attention_pytorch.backends.sparse.problem import SparseProblem
 from dilated_attention_pytorch.backends.sparse.selection import sparse_select
 from dilated_attention_pytorch.backends.vendor import find_kernel
 from dilated_attention_pytorch.types import Document, Options, Shape
 
 H, D = 16, 128
+SHORT = 8192
+DIRECTIONS = ("forward", "backward")
 ROWS = {
     "90": (65536, GlobalLocal(2944, 256)),
     "50": (65536, GlobalLocal(18688, 256)),
@@ -66,6 +71,18 @@ def milliseconds(function: Callable[[], object], repeat_ms: int) -> float:
         function()
         return 1.0
     return float(do_bench(function, warmup=min(25, repeat_ms), rep=repeat_ms, return_mode="median"))
+
+
+def wall_milliseconds(function: Callable[[], object], calls: int = 100) -> float:
+    """Mean time of one of many calls, by the clock on the wall: the device's or the host's, whichever is longer."""
+    for _ in range(10):
+        function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls * 1e3
 
 
 def tensors(n: int, count: int = 4) -> list[torch.Tensor]:
@@ -107,6 +124,20 @@ def dense(n: int, causal: bool, repeat_ms: int, kernels: tuple[str, ...]) -> dic
             ),
         }
     return found
+
+
+@cache
+def dense_wall(n: int, causal: bool) -> float:
+    """Wall-clock milliseconds of forward and backward of cuDNN's kernel, called as users call it."""
+    *given, grad = (t.transpose(1, 2).contiguous() for t in tensors(n))
+    leaves = [t.requires_grad_() for t in given]
+
+    def both() -> object:
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+        return torch.autograd.grad(out, leaves, grad)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        return wall_milliseconds(both)
 
 
 def flex(pattern: Any, n: int, causal: bool) -> Callable[..., torch.Tensor]:
@@ -172,6 +203,15 @@ def measure(name: str, causal: bool, backend: str, repeat_ms: int, kernels: tupl
 
     ms = {"forward": milliseconds(forward, repeat_ms), "backward": milliseconds(backward, repeat_ms)}
     best = {one: min(kernel[one] for kernel in other.values()) for one in ms}
+    wall = {}
+    if n <= SHORT:
+        del out
+
+        def both() -> object:
+            return torch.autograd.grad(attend(*leaves), leaves, grad)
+
+        wall = {"wall_ms": wall_milliseconds(both), "dense_wall_ms": dense_wall(n, causal)}
+        out = attend(*leaves)
     peaks = {}
     for one, function in (("forward", forward), ("backward", backward)):
         torch.cuda.synchronize()
@@ -193,6 +233,7 @@ def measure(name: str, causal: bool, backend: str, repeat_ms: int, kernels: tupl
         "forward_tflops": plan.flops_forward / ms["forward"] / 1e9,
         "backward_tflops": plan.flops_backward / ms["backward"] / 1e9,
         "peak_mib": peaks,
+        **wall,
     }
 
 
@@ -221,30 +262,58 @@ def lists(name: str, causal: bool) -> dict[str, Any]:
 
 
 def selection(name: str, causal: bool, repeat_ms: int, kernels: tuple[str, ...]) -> dict[str, Any]:
-    """The time of choosing blocks, of choosing and listing them, and of the whole call."""
+    """The time of choosing blocks, of listing them for the kernels, and of whole calls, which do both once."""
     n, pattern = CHOICES[name]
-    q, k, v = tensors(n, 3)
+    q, k, v, grad = tensors(n)
 
     def choose() -> torch.Tensor:
-        return sparse_select(q, k, None, None, None, pattern.code, 0, causal, None)
+        return sparse_select(q.detach(), k.detach(), None, None, None, pattern.code, 0, causal, None)
 
     def call() -> object:
-        return sparse_attention(q, k, v, pattern, is_causal=causal)
+        with torch.no_grad():
+            return sparse_attention(q, k, v, pattern, is_causal=causal)
 
     shape, documents = Shape(1, n, n, H, H, D, D), (Document(0, 1, 0, n, 0, n),)
     options = Options(causal, D**-0.5, 0.0, "mask", "exact")
     chosen = choose()
 
-    def listed() -> object:
-        return SparseProblem(pattern.bound([chosen]), shape, options, documents, torch.bfloat16, "cuda").plan
+    def problem() -> SparseProblem:
+        return SparseProblem(pattern.bound([chosen]), shape, options, documents, torch.bfloat16, "cuda")
 
+    def listed() -> object:
+        fresh = problem()
+        return fresh.packed.order_rows if causal else fresh.forward_lists
+
+    def listed_for_backward() -> object:  # what rows have chosen is packed once for both passes
+        return None if causal else problem().backward_lists
+
+    known = problem()
+    backend = SPARSE_BACKENDS[choose_sparse("auto", known)[0]]
+    inputs = [t.detach() for t in (q, k, v)]
+    out, lse = backend.forward(*inputs, known)
+
+    def attend() -> object:
+        return backend.forward(*inputs, known)
+
+    def attend_backward() -> object:
+        return backend.backward(grad, None, *inputs, out, lse, known)
+
+    functions = {
+        "choose": choose, "list": listed, "list_backward": listed_for_backward, "call": call, "attend": attend,
+        "attend_backward": attend_backward,
+    }  # fmt: skip
+    ms = {f"{part}_ms": milliseconds(function, repeat_ms) for part, function in functions.items()}
+    best = {one: min(kernel[one] for kernel in dense(n, causal, repeat_ms, kernels).values()) for one in DIRECTIONS}
+    extra = ms["call_ms"] - ms["attend_ms"]
+    with_backward = extra + (0.0 if causal else ms["list_backward_ms"])
     return {
         "pattern": repr(pattern),
         "causal": causal,
-        "choose_ms": milliseconds(choose, repeat_ms),
-        "list_ms": milliseconds(listed, repeat_ms),
-        "call_ms": milliseconds(call, repeat_ms),
-        "dense_ms": min(kernel["forward"] for kernel in dense(n, causal, repeat_ms, kernels).values()),
+        **ms,
+        "dense_ms": best["forward"],
+        "dense_backward_ms": best["backward"],
+        "over_forward": extra / ms["attend_ms"],
+        "over_both": with_backward / (ms["attend_ms"] + ms["attend_backward_ms"]),
     }
 
 
@@ -289,6 +358,8 @@ def main() -> None:
                             f"{found['ms']['forward']:.3f} ms ({found['forward_ratio']:.2f} x dense), backward "
                             f"{found['ms']['backward']:.3f} ms, both {found['both_ratio']:.2f} x"
                         )
+                    if "wall_ms" in found:
+                        line += f", wall {found['wall_ms']:.3f} ms against {found['dense_wall_ms']:.3f} of dense"
                     keep("speed", found, line)
     if "lists" in results:
         for name in MILLION:
@@ -302,7 +373,9 @@ def main() -> None:
                 found = selection(name, causal, repeat_ms, kernels)
                 line = (
                     f"{name}{' causal' if causal else ''}: choosing {found['choose_ms']:.2f} ms, listing "
-                    f"{found['list_ms']:.2f} ms, whole call {found['call_ms']:.2f} ms"
+                    f"{found['list_ms']:.2f}, call {found['call_ms']:.2f}, its attention {found['attend_ms']:.2f}, "
+                    f"backward {found['attend_backward_ms']:.2f}; choosing and listing over attention "
+                    f"{found['over_forward']:.1%}, with the backward pass {found['over_both']:.1%}"
                 )
                 keep("selection", found, line)
 

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from .backends.philox import keep_mask
+from .backends.sparse.selection import sparse_select
+from .patterns.content import ContentTopK
 from .patterns.formula import pair_counts
+from .patterns.union import Union, members_of
 from .sparse import sparse_attention_with_lse
 from .testing import Case, error_bound, max_error, results
 from .types import AttentionOutput
@@ -60,6 +63,49 @@ def multiset(
         if key_padding_mask is not None:
             counts[b] *= ~key_padding_mask[b]
     return counts[:, :, rows - queries :]
+
+
+def chosen_multiset(case: SparseCase, tensors: Sequence[Tensor], *, device: str = "cpu") -> Tensor:
+    """`multiset` of a pattern with a `ContentTopK`, whose choice is the library's own on ``device``.
+
+    That the choice is right, and what it means for pairs, are two things: this knows the second.
+    """
+    query, key, options = tensors[0], tensors[1], case.sparse_options()
+    members = members_of(case.pattern)
+    content = next(member for member in members if isinstance(member, ContentTopK))
+    others = tuple(member for member in members if member is not content)
+    start, mask, bounds = options["key_start"], options.get("key_padding_mask"), options.get("cu_seqlens")
+    by_batch = isinstance(start, Tensor)
+    selection = sparse_select(
+        query.to(device), key.to(device), None if mask is None else mask.to(device), bounds,
+        start if by_batch else None, content.code, 0 if by_batch else start, case.is_causal,
+        case.scale,
+    ).cpu()  # fmt: skip
+    (batch, queries, heads, _), rows = query.shape, key.shape[1]
+    where: dict[str, Any] = {"key_padding_mask": mask, "cu_seqlens": bounds, "key_start": start}
+    where["is_causal"] = case.is_causal
+    shape = (heads, batch, rows, queries)
+    counts = multiset(Union(others), *shape, **where) if others else torch.zeros(batch, heads, queries, rows).long()
+    edges = [0, rows] if bounds is None else bounds.tolist()
+    for b in range(batch):
+        position = torch.arange(rows) + (int(start[b]) if by_batch else start)
+        document = torch.zeros(rows, dtype=torch.int64)
+        for number, (low, last) in enumerate(pairwise(edges)):
+            position[low:last], document[low:last] = position[low:last] - low, number
+        block, mine = position // content.block_size, slice(rows - queries, rows)
+        exists = (document == document[mine, None]) & (position >= 0) & (position[mine, None] >= 0)
+        chooser = torch.arange(queries)
+        if case.is_causal:
+            exists &= position <= position[mine, None]
+        else:  # the first row of a block chooses for all of them
+            chooser = (exists[:, mine] & (block[mine, None] == block[mine])).int().argmax(1)
+        around = (block[mine, None] - block).abs() <= content.always_local
+        shown = around | (block < content.always_first)
+        for column in range(content.keep):
+            shown = shown | (selection[b][:, chooser, column, None] == block)
+        shown = shown & exists
+        counts[b] = (counts[b] > 0) | (shown if mask is None else shown & ~mask[b])
+    return counts
 
 
 def dense(

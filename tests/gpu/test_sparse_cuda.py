@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ from dilated_attention_pytorch import (
     sparse_attention_with_lse,
 )
 from dilated_attention_pytorch.backends import gluon
-from dilated_attention_pytorch.sparse_testing import SparseCase, sparse_violations
+from dilated_attention_pytorch.backends.sparse.selection import sparse_select
+from dilated_attention_pytorch.sparse_testing import SparseCase, chosen_multiset, sparse_violations
 
 pytestmark = pytest.mark.gpu
 
@@ -124,17 +127,62 @@ def test_bound_b_of_every_head_dim_of_triton(head_dim):
     assert not found, "\n".join(found)
 
 
-def test_rows_that_select_for_themselves():
-    """Content selection: bits of rows in the forward kernel and in both kernels of the backward pass."""
-    pattern = ContentTopK(1, block_size=64)
-    tensors = [torch.randn(1, 457, 2, 64, generator=torch.Generator().manual_seed(i)).cuda() for i in range(3)]
-    found = []
-    for backend in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out, lse = sparse_attention_with_lse(*leaves, pattern, is_causal=True, backend=backend)
-        found.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+CHOICES = {
+    "rows_64": {"pattern": ContentTopK(2, block_size=64), "is_causal": True},
+    "rows_128_grouped": {
+        "pattern": ContentTopK(2, 1, 1), "is_causal": True, "kv_heads": 1, "group": 3, "key_rows": 1100,
+    },
+    "rows_and_a_window": {
+        "pattern": Union((ContentTopK(3, block_size=64), LocalWindow(64, 64), RandomBlocks(1, 3, 64))),
+        "is_causal": True, "cuts": (5, 300, 390),
+    },
+    "rows_of_a_chunk": {"pattern": ContentTopK(3, block_size=64), "is_causal": True, "query_rows": 300},
+    "tiles": {"pattern": ContentTopK(2), "key_rows": 1100},
+    "tiles_packed": {"pattern": ContentTopK(1, 1, 1), "cuts": (5, 300, 390), "kv_heads": 1, "group": 2},
+    "tiles_64": {"pattern": ContentTopK(2, block_size=64), "batch": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_bound_b_of_blocks_chosen_by_content(name, backend, head_dim):
+    if backend == "gluon" and (reason := gluon.unavailable()):
+        pytest.skip(reason)
+    case = case_of(
+        {"key_rows": 700, "grad_lse": True, **CHOICES[name]}, head_dim=head_dim, dtype=torch.bfloat16
+    )  # fmt: skip
+    counts = partial(chosen_multiset, case, device="cuda")
+    assert not (found := sparse_violations(case, (backend,), device="cuda", counts=counts)), "\n".join(found)
+
+
+ALONE = {"float32": {"dtype": torch.float32}, "dropout": {"dropout_p": 0.3}, "mask": {"hidden": "random", "batch": 2}}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_bound_b_of_rows_that_choose_for_themselves(block_size, name):
+    pattern = ContentTopK(2, always_first=1, block_size=block_size)
+    case = case_of({"key_rows": 600, "is_causal": True, "dtype": torch.float16, "pattern": pattern, **ALONE[name]})
+    counts = partial(chosen_multiset, case, device="cuda")
+    assert not (found := sparse_violations(case, ("triton",), device="cuda", counts=counts)), "\n".join(found)
+
+
+@pytest.mark.parametrize("keep", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_choose_the_blocks_of_the_largest_scores(dtype, keep):
+    size, rows, content = 64, 6000, ContentTopK(keep, block_size=64)
+    query, key = (torch.randn(1, rows, 2, 64, device="cuda").to(dtype) for _ in range(2))
+    found = sparse_select(query, key, None, None, None, content.code, 0, True, None)[0].long()
+    blocks = rows // size
+    means = key[0, : blocks * size].double().unflatten(0, (blocks, size)).mean(1)
+    scores = torch.einsum("nhd,shd->hns", query[0].double(), means) / 8
+    past = torch.arange(blocks, device="cuda") < torch.arange(rows, device="cuda")[:, None] // size
+    scores = scores.masked_fill(~past, -torch.inf)
+    best = scores.topk(keep).values
+    got = scores.gather(2, found.clamp(min=0)).masked_fill(found < 0, -torch.inf).sort(2, descending=True).values
+    assert all(len(set(row)) == len(row) for row in found[0, -5:].tolist())
+    torch.testing.assert_close(got, best, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

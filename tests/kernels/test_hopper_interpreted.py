@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from dilated_attention_pytorch import DilatedPattern, GlobalLocal, LocalWindow, RandomBlocks
+from dilated_attention_pytorch import ContentTopK, DilatedPattern, GlobalLocal, LocalWindow, RandomBlocks
 from dilated_attention_pytorch.patterns import tiles
-from dilated_attention_pytorch.sparse_testing import SparseCase, sparse_violations
+from dilated_attention_pytorch.sparse_testing import SparseCase, chosen_multiset, sparse_violations
 from dilated_attention_pytorch.testing import Case, violations
 
 CASES = {
@@ -67,3 +69,33 @@ def test_bound_b_of_blocks(case, is_causal):
         "seed": 5, "key_rows": 450, "kv_heads": 2, "grad_lse": True, "head_dim": 128 if is_causal else 48, **case,
     }  # fmt: skip
     assert not sparse_violations(SparseCase(**sizes, is_causal=is_causal, dtype=torch.bfloat16), ("gluon",))
+
+
+CHOICES = {
+    "content": {"pattern": ContentTopK(2)},
+    "content_grouped": {"pattern": ContentTopK(1, always_first=1), "kv_heads": 1, "group": 2, "key_start": -70},
+    "content_packed": {"pattern": ContentTopK(1, always_local=1), "cuts": (5, 300, 390)},
+}
+
+
+@pytest.mark.usefixtures("interpreted_hopper")
+@pytest.mark.parametrize("case", CHOICES.values(), ids=CHOICES)
+def test_bound_b_of_blocks_chosen_by_content(case):
+    case = SparseCase(
+        **{"seed": 5, "key_rows": 601, "kv_heads": 2, "grad_lse": True, "head_dim": 64, **case}, dtype=torch.bfloat16
+    )  # fmt: skip
+    assert not sparse_violations(case, ("gluon",), counts=partial(chosen_multiset, case))
+
+
+@pytest.mark.usefixtures("interpreted_hopper")
+@pytest.mark.parametrize("pattern", [GlobalLocal(0, 1), LocalWindow(128, 128)], ids=["one heavy tile", "even"])
+def test_some_heads_at_a_time(pattern, monkeypatch):
+    """Sums of dQ of some heads at a time, or of more where one tile would take longer than all others."""
+    from dilated_attention_pytorch.kernels import hopper_sparse_backward
+
+    monkeypatch.setattr(hopper_sparse_backward, "_ONE_PASS", 0)
+    monkeypatch.setattr(hopper_sparse_backward, "_heads_per_pass", lambda *_: 1)
+    case = SparseCase(
+        seed=5, key_rows=601, kv_heads=3, head_dim=64, pattern=pattern, is_causal=True, dtype=torch.bfloat16
+    )
+    assert not sparse_violations(case, ("gluon",))

@@ -32,6 +32,7 @@ from .hopper_producer import (
 )
 from .launch import Address, Launch
 from .schedule import Work
+from .spread_work import SpreadWork
 
 
 @gluon.jit
@@ -179,7 +180,7 @@ def forward(
     *,
     tiles: Tensor,
     records: Tensor,
-    work: Work,
+    work: Work | SpreadWork,
     is_causal: bool,
     scale: float,
 ) -> None:

@@ -31,6 +31,7 @@ from .hopper_backward import (
 from .hopper_backward_kernel import LONGEST, _allocate, _as_4d, _consumer, _put, _writer
 from .launch import Address, Launch
 from .schedule import Work
+from .spread_work import SpreadWork
 
 _ONE_PASS = 64 << 20
 """Bytes of float32 sums of dQ up to which all heads are done in one pass: more passes only cost the host time."""
@@ -186,10 +187,23 @@ class _Launches(NamedTuple):
     their starts), and of (dq sums, dq)."""
 
 
+def _heads_for_even_passes(work: Work | SpreadWork, programs: int) -> int:
+    """Key heads that a pass needs so that its heaviest tile does not take longer than all of it; 1 if nobody knows.
+
+    Two passes are under way at a time, so each may take twice its share of the processors.
+    """
+    if isinstance(work, SpreadWork):
+        total, heaviest = work.total, work.heaviest
+    else:
+        total, heaviest = int(work.blocks.sum()), int(work.blocks.max(initial=0))
+    passes = max(1, 2 * total // (programs * heaviest)) if heaviest else len(work.blocks)
+    return -(-len(work.blocks) // passes)
+
+
 @lru_cache(maxsize=256)
 def _launches(
     query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
-    tiles: int, list_step: int, is_causal: bool, scale: float,
+    tiles: int, list_step: int, is_causal: bool, scale: float, least_heads: int,
 ) -> _Launches:  # fmt: skip
     batches, query_rows, heads, d = query
     key_rows, kv_heads = key[1:3]
@@ -202,7 +216,7 @@ def _launches(
         device, num_warps=4,
     )  # fmt: skip
     all_at_once = total * heads * d * 4 <= _ONE_PASS
-    per_pass = kv_heads if all_at_once else _heads_per_pass(query, key, dtype.itemsize)
+    per_pass = kv_heads if all_at_once else max(least_heads, _heads_per_pass(query, key, dtype.itemsize))
     scratch, scratch_strides = (1, total, per_pass * group, d), (0, per_pass * group * d, d, 1)
     block, stages, registers = _tuning(padded)
     constants = (heads, kv_heads, d, padded, block, stages, 1, is_causal, False, (LONGEST,), (1,), False)
@@ -245,7 +259,7 @@ def backward(
     tiles: Tensor,
     segments: Tensor,
     records: Tensor,
-    work: Work,
+    work: Work | SpreadWork,
     is_causal: bool,
     scale: float,
 ) -> Tensor:
@@ -272,6 +286,7 @@ def backward(
         _Strides(query.stride(), key.stride(), value.stride(), out.stride(), grad_out.stride()),
         query.dtype, device, grad_lse is not None, len(tiles),
         len(tiles) if len(segments) > len(tiles) else 0, is_causal, scale,
+        _heads_for_even_passes(work, _processors(device)),
     )  # fmt: skip
     batches, query_rows, heads = query.shape[:3]
     sums = torch.empty((batches, heads, query_rows), dtype=torch.int64, device=device)

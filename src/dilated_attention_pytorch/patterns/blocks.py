@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -199,10 +199,11 @@ class Tiles(NamedTuple):
     """(T,) int64: the key tile of that block."""
 
 
+@lru_cache(maxsize=32)
 def tiles_of(
     shape: Shape, documents: tuple[Document, ...], block_size: int, *, is_causal: bool, device: torch.device | str
 ) -> Tiles:
-    """The tiles of a call."""
+    """The tiles of a call; equal calls share them."""
     lone = DilatedPattern((block_size,), (1,))
     query, key = (cells(lone, shape, documents, block_size, side) for side in ("query", "key"))
     wide = query.astype(np.int64)

@@ -142,6 +142,27 @@ class ContentTopK:
         raise ValueError("ContentTopK selects from the tensors; its lists exist only within sparse_attention")
 
 
+@register
+@dataclass(frozen=True)
+class AlwaysSeen:
+    """The blocks of a `ContentTopK` that need no choice: those around a query block, and the first ones."""
+
+    always_local: int
+    always_first: int
+    block_size: int
+    code: str = field(init=False, repr=False, compare=False)
+    per_head = False
+
+    def __post_init__(self) -> None:
+        attach(self)
+
+    def entries(self, query: QueryBlocks) -> Entries:
+        """See `blocks.BlockPattern`."""
+        runs = [Run(query.block - self.always_local, 1, 2 * self.always_local + 1)]
+        runs += [Run(torch.zeros_like(query.block), 1, self.always_first)] if self.always_first else []
+        return entries_of_runs(query, runs)
+
+
 @dataclass(frozen=True, eq=False)
 class SelectedBlocks:
     """What `ContentTopK` has selected on one call."""
@@ -162,12 +183,15 @@ class SelectedBlocks:
         """Text of the pattern; the selection goes beside it."""
         return self.pattern.code
 
+    @property
+    def always(self) -> AlwaysSeen:
+        """The blocks that are seen without a choice."""
+        return AlwaysSeen(self.pattern.always_local, self.pattern.always_first, self.block_size)
+
     def entries(self, query: QueryBlocks) -> Entries:
         """See `blocks.BlockPattern`."""
-        local, first, count = self.pattern.always_local, self.pattern.always_first, len(query.block)
-        runs = [Run(query.block - local, 1, 2 * local + 1)]
-        runs += [Run(torch.zeros_like(query.block), 1, first)] if first else []
-        row, column = entries_of_runs(query, runs)[:2]
+        count = len(query.block)
+        row, column = self.always.entries(query)[:2]
         head = torch.arange(query.heads, device=row.device)[:, None]
         row, column = (row + head * count).reshape(-1), column.repeat(query.heads)
         batch, start, _, rows = query.tiles.long().unbind(1)

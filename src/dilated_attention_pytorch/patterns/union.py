@@ -153,6 +153,12 @@ def members_of(pattern: Any) -> tuple[Any, ...]:
     return pattern.patterns if isinstance(pattern, Union) else (pattern,)
 
 
+def without_choices(pattern: Any) -> Any:
+    """``pattern`` with only those blocks of its bound `ContentTopK` that are seen without a choice."""
+    members = tuple(getattr(member, "always", member) for member in members_of(pattern))
+    return Union(members, pattern.multiplicity) if isinstance(pattern, Union) else members[0]
+
+
 def bind(pattern: Any, tensors: Sequence[Tensor]) -> Any:
     """``pattern``, as `codes.decode` made it, with the tensors that it needs."""
     if not tensors:

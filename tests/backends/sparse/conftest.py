@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dilated_attention_pytorch.sparse_testing import SparseCase, dense, multiset, sparse_violations
+from dilated_attention_pytorch.sparse_testing import SparseCase, chosen_multiset, dense, multiset, sparse_violations
 
 
 class Oracle:
@@ -15,6 +15,7 @@ class Oracle:
     Case = SparseCase
     replace = staticmethod(replace)
     multiset = staticmethod(multiset)
+    chosen_multiset = staticmethod(chosen_multiset)
     dense = staticmethod(dense)
     violations = staticmethod(sparse_violations)
 

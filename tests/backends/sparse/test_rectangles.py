@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dilated_attention_pytorch import BlockList, DilatedBlocks, GlobalLocal, LocalWindow, RandomBlocks
+from dilated_attention_pytorch import BlockList, ContentTopK, DilatedBlocks, GlobalLocal, LocalWindow, RandomBlocks
 from dilated_attention_pytorch.backends.sparse.problem import SparseProblem
 from dilated_attention_pytorch.backends.sparse.rectangles import COLUMNS, FOREIGN, ROWS
+from dilated_attention_pytorch.patterns.blocks import tiles_of
 from dilated_attention_pytorch.types import Document, Options, Shape
 
 LIST = BlockList.from_mask(torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(1)) < 0.4, block_size=64)
@@ -19,6 +20,8 @@ PATTERNS = {
     "random 128": RandomBlocks(2, 1, 128),
     "dilated 64": DilatedBlocks((192, 576), (1, 3), 64),
     "list 64": LIST,
+    "content 128": ContentTopK(2),
+    "content 128, first and local": ContentTopK(1, always_local=1, always_first=1),
 }
 PLACES = {
     "one": (1, 576, 576, (Document(0, 1, 0, 576, 0, 576),)),
@@ -33,7 +36,26 @@ PLACES = {
 def problem(pattern, place, heads, kv_heads, is_causal):
     batch, queries, keys, documents = PLACES[place]
     shape, options = Shape(batch, queries, keys, heads, kv_heads, 64, 64), Options(is_causal, 1.0, 0.0, "mask", "exact")
+    if isinstance(pattern, ContentTopK):
+        pattern = pattern.bound([choice(pattern, shape, documents)])
     return SparseProblem(pattern, shape, options, documents, torch.bfloat16, "cpu")
+
+
+def choice(content, shape, documents):
+    """Blocks at random that a tile does not see anyhow, some of them none, at a tile's first row."""
+    draw, size = torch.Generator().manual_seed(2), content.block_size
+    found = torch.full((shape.batch, shape.heads, shape.query_rows, content.keep), -1, dtype=torch.int32)
+    tiles = tiles_of(shape, documents, size, is_causal=False, device="cpu")
+    for (batch, row, position, _), total, low in zip(
+        tiles.queries.tiles.tolist(), tiles.queries.total.tolist(), tiles.first_block.tolist(), strict=True
+    ):
+        own = position // size
+        others = [j for j in range(max(low, content.always_first), total) if abs(j - own) > content.always_local]
+        for head in range(shape.heads):
+            number = int(torch.randint(content.keep + 1, (1,), generator=draw))
+            order = torch.randperm(len(others), generator=draw)[:number]
+            found[batch, head, row, : len(order)] = torch.tensor(others, dtype=torch.int32)[order]
+    return found
 
 
 def pairs_of_plan(given):
@@ -73,9 +95,11 @@ def byte(value, number):
     return value >> 8 * number & 255
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["both", "causal"])
+KINDS = [(name, causal) for name in PATTERNS for causal in (False, True) if not (causal and "content" in name)]
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("name", "is_causal"), KINDS)
 def test_rectangles_are_the_pairs_of_the_plan(name, place, is_causal):
     given = problem(PATTERNS[name], place, 2, 1 if is_causal else 2, is_causal)
     expected = pairs_of_plan(given)
@@ -106,9 +130,8 @@ def test_rectangles_are_the_pairs_of_the_plan(name, place, is_causal):
     assert 0 < lists.fill <= 1
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["both", "causal"])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("name", "is_causal"), KINDS)
 def test_transposed_rectangles_are_the_pairs_of_the_plan(name, place, is_causal):
     given = problem(PATTERNS[name], place, 2, 1 if is_causal else 2, is_causal)
     expected = pairs_of_plan(given)

@@ -41,6 +41,6 @@ def choose_sparse(
     check_sparse_backend(name)
     fill = 1.0
     if name == "auto" and problem.pattern.block_size == 64 and gluon.unsupported(problem) is None:
-        fill = problem.forward_lists.fill
+        fill = problem.listed.forward_lists.fill
     preferred = preference(problem.device, fill)
     return select(name, SPARSE_BACKENDS, preferred, problem, backward=backward, grad_lse=grad_lse)

@@ -78,10 +78,10 @@ def explain_problem(problem: SparseProblem, backend: str) -> SparseExplanation:
     kept = (plan.query_tiles, plan.key_tiles, plan.row_pointer, plan.columns, plan.whole, plan.row_bits)
     size = sum(tensor.nbytes for tensor in kept if tensor is not None)
     if chosen == "gluon":
-        size += sum(tensor.nbytes for tensor in problem.forward_lists[:2])
+        size += sum(tensor.nbytes for tensor in problem.listed.forward_lists[:2])
     turned = 4 * (lists * (len(plan.key_tiles) + 1) + 2 * entries) if backwards == "triton" else 0
     if backwards == "gluon":
-        turned = sum(tensor.nbytes for tensor in problem.backward_lists[:3])
+        turned = sum(tensor.nbytes for tensor in problem.listed.backward_lists[:3])
     last, first = shape.key_rows, shape.key_rows - shape.query_rows
     causal_pairs = (last * (last + 1) - first * (first + 1)) // 2
     dense = causal_pairs if is_causal else shape.query_rows * shape.key_rows

@@ -1,4 +1,7 @@
-"""The fused kernels for Hopper GPUs over lists of blocks of 64 or 128, which see a pattern's blocks whole."""
+"""The fused kernels for Hopper GPUs over lists of blocks of 64 or 128, which see a pattern's blocks whole.
+
+Blocks that rows choose for themselves go through `chosen`, in plain Triton.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from .. import gluon as dilated
 from ..tables import LONGEST, covered, hold_for_replays, longest_position
+from . import chosen
 from .problem import SparseProblem
 
 _ROWS = 2**31 - 2**16
@@ -37,7 +41,9 @@ def unsupported(problem: SparseProblem, *, backward: bool = False, grad_lse: boo
         return f"the kernels count positions up to 2^30, and they reach {longest_position(problem.carrier)}"
     if shape.batch * max(shape.query_rows, shape.key_rows) > _ROWS:
         return f"the kernels count rows in 32 bits, and there are {shape.batch * shape.key_rows}"
-    if problem.plan.whole is not None:
+    if problem.selection is not None:
+        return chosen.unsupported(problem)
+    if not problem.by_content and problem.plan.whole is not None:
         return "the pattern shows parts of blocks, and the kernels take whole ones"
     return None
 
@@ -52,6 +58,10 @@ def forward(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, Nq, H, D), lse (B, Nq, H))."""
+    if problem.selection is not None:
+        found = forward(query, key, value, problem.listed)
+        chosen.join_chosen(query, key, value, *found, problem, mask, seed)
+        return found
     from ...kernels import hopper_sparse
 
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -82,6 +92,11 @@ def backward(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
+    if problem.selection is not None:
+        tensors = grad_out, grad_lse, query, key, value, out, lse
+        gradients = backward(*tensors, problem.listed)
+        chosen.add_chosen(*tensors, gradients, problem, mask, seed)
+        return gradients
     from ...kernels import hopper_sparse_backward
 
     make = torch.empty if covered(problem.carrier, "key") else torch.zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,11 +73,21 @@ def _forward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
         dropout_p,
     )  # fmt: skip
+    return _forward_of(problem, query, key, value, key_padding_mask, seed, backend)
+
+
+def _forward_of(
+    problem: SparseProblem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     chosen = SPARSE_BACKENDS[choose_sparse(backend, problem)[0]]
     with torch.cuda.device_of(query), no_autocast(query.device.type):
-        return chosen.forward(
-            query, key, value, problem, mask=key_padding_mask, seed=None if seed is None else int(seed.item())
-        )
+        return chosen.forward(query, key, value, problem, mask=mask, seed=None if seed is None else int(seed.item()))
 
 
 def _backward(
@@ -105,13 +115,31 @@ def _backward(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, lists, pattern, key_start, is_causal, scale,
         dropout_p,
     )  # fmt: skip
+    return _backward_of(
+        problem, grad_out, grad_lse, query, key, value, out, lse, key_padding_mask, seed, backend
+    )  # fmt: skip
+
+
+def _backward_of(
+    problem: SparseProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     chosen = SPARSE_BACKENDS[choose_sparse(backend, problem, backward=True, grad_lse=grad_lse is not None)[0]]
     if not problem.every_row_has_keys:
         grad_out, grad_lse = without_empty_rows(grad_out, grad_lse, lse)
     with torch.cuda.device_of(query), no_autocast(query.device.type):
         return chosen.backward(
-            grad_out, grad_lse, query, key, value, out, lse, problem,
-            mask=key_padding_mask, seed=None if seed is None else int(seed.item()),
+            grad_out, grad_lse, query, key, value, out, lse, problem, mask=mask,
+            seed=None if seed is None else int(seed.item()),
         )  # fmt: skip
 
 
@@ -129,9 +157,14 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
         return None, None, None, *empty[0], empty[1], *empty[2]
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
-    through = torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse)
-    function: Callable[..., tuple[Tensor, Tensor, Tensor]] = sparse_backward if through else _backward
-    return *function(grad_out, grad_lse, *saved, lists, *ctx.rest), *empty[0], empty[1], *empty[2]
+    if torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse):
+        gradients = sparse_backward(grad_out, grad_lse, *saved, lists, *ctx.rest)
+    elif (problem := getattr(ctx, "problem", None)) is not None:
+        query, key, value, out, lse, mask, _, _, seed = saved
+        gradients = _backward_of(problem, grad_out, grad_lse, query, key, value, out, lse, mask, seed, ctx.rest[-1])
+    else:
+        gradients = _backward(*(grad_out, grad_lse, *saved, lists, *ctx.rest))
+    return *gradients, *empty[0], empty[1], *empty[2]
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -151,7 +184,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
+        # Kept, since what rows have chosen is sorted once for both passes.
+        query, key, value, mask, _, _, seed = inputs[:7]
+        ctx.problem = sparse_problem(*(*inputs[:6], *inputs[7:13]))
+        output = _forward_of(ctx.problem, query, key, value, mask, seed, inputs[13])
         _setup_context(ctx, inputs, output)
         return output
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.schedule import Work
+from ...kernels.spread_work import SpreadWork
 from ...patterns.blocks import BlockPlan, spread
 
 TILE = 128
@@ -97,7 +98,7 @@ class ForwardLists(NamedTuple):
     records: Tensor
     """(records, 4): first key row, how far ahead of it the tile's first row is, first key + 256 * last key + 65536 *
     flags, first row + 256 * (last row + 1)."""
-    work: Work
+    work: Work | SpreadWork
     """Records of every tile, (heads, tiles)."""
     fill: float
     """Pairs that the plan lists over pairs of the products."""
@@ -112,7 +113,7 @@ class BackwardLists(NamedTuple):
     """(lists * key tiles, 4): first record, records with a mask, those without (behind), 0."""
     records: Tensor
     """(records, 4): first query row, its position, rows + 256 * first key + 65536 * (last key + 1), 0."""
-    work: Work
+    work: Work | SpreadWork
     """Records of every tile of a key head, of all its query heads: (key heads, key tiles)."""
 
 

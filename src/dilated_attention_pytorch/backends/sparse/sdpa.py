@@ -13,6 +13,7 @@ from torch import Tensor
 from ...merge import accumulator_dtype, merge_
 from .. import sdpa
 from ..vendor import Kernel
+from . import chosen_calls
 from .problem import SparseProblem
 from .tiled import Part, layout, parts
 
@@ -20,7 +21,7 @@ from .tiled import Part, layout, parts
 def unsupported(problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem (or its backward with a gradient of the lse), or None."""
     reason = sdpa.unsupported(problem.carrier, backward=backward, grad_lse=grad_lse)
-    if reason is None and problem.plan.whole is not None:
+    if reason is None and problem.selection is None and problem.plan.whole is not None:
         return "the pattern shows parts of blocks, and the vendor kernels take whole ones"
     return reason
 
@@ -57,6 +58,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, Nq, H, Dv), lse (B, Nq, H))."""
     kernel, width = _kernel(problem, grad_lse=False)
+    if problem.selection is not None:
+        found = forward(query, key, value, problem.listed, mask=mask)
+        return chosen_calls.joined(kernel, width, query, key, value, *found, problem, mask)
     shape, plan, acc = problem.shape, problem.plan, accumulator_dtype(query.dtype)
     own = layout(plan.query_tiles, plan.block_size, shape.query_rows)
     other = layout(plan.key_tiles, plan.block_size, shape.key_rows)
@@ -100,6 +104,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
     kernel, width = _kernel(problem, grad_lse=grad_lse is not None)
+    if problem.selection is not None:
+        tensors = grad_out, grad_lse, query, key, value, out, lse
+        gradients = backward(*tensors, problem.listed, mask=mask)
+        return chosen_calls.add_chosen(kernel, width, *tensors, gradients, problem, mask)
     shape, plan, acc = problem.shape, problem.plan, accumulator_dtype(query.dtype)
     own = layout(plan.query_tiles, plan.block_size, shape.query_rows)
     other = layout(plan.key_tiles, plan.block_size, shape.key_rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from ...patterns.blocks import Tiles, tiles_of
 from ...patterns.codes import decode
 from ...patterns.content import ContentTopK
 from ...patterns.union import members_of
-from ...types import Shape
+from ...types import Document, Shape
 from ..documents import read_documents
 from ..ops import _register, no_autocast
+from .choosing import choose, has_kernel
 from .tiled import Layout, layout
 
 _SCORES = 1 << 23
@@ -42,12 +44,21 @@ def _select(
     documents = read_documents(
         shape, key_start=key_start, key_starts=key_starts, cu_seqlens=cu_seqlens, suffix_mask=None
     )  # fmt: skip
-    tiles = tiles_of(shape, documents, content.block_size, is_causal=is_causal, device=query.device)
+    tiles, own, other = _laid_out(shape, documents, content.block_size, is_causal, query.device)
     found = torch.full((batch, heads, rows, content.keep), -1, dtype=torch.int32, device=query.device)
     if len(tiles.queries.block):
         with no_autocast(query.device.type):
-            _fill(found, content, query, key, key_padding_mask, tiles, shape, scale)
+            _fill(found, content, query, key, key_padding_mask, tiles, own, other, scale)
     return found
+
+
+@lru_cache(maxsize=16)
+def _laid_out(
+    shape: Shape, documents: tuple[Document, ...], size: int, is_causal: bool, device: torch.device
+) -> tuple[Tiles, Layout, Layout]:
+    """The tiles of a call, and where the rows of query and key lie in them; equal calls share them."""
+    tiles = tiles_of(shape, documents, size, is_causal=is_causal, device=device)
+    return tiles, layout(tiles.queries.tiles, size, shape.query_rows), layout(tiles.keys, size, shape.key_rows)
 
 
 def _fill(
@@ -57,18 +68,18 @@ def _fill(
     key: Tensor,
     mask: Tensor | None,
     tiles: Tiles,
-    shape: Shape,
+    own: Layout,
+    other: Layout,
     scale: float | None,
 ) -> None:
     """Write the selection of every row into ``found``."""
-    size, acc = content.block_size, accumulator_dtype(query.dtype)
-    own, other = layout(tiles.queries.tiles, size, shape.query_rows), layout(tiles.keys, size, shape.key_rows)
+    acc = accumulator_dtype(query.dtype)
     exists = other.exists
     if mask is not None:
         exists = exists & ~other.tiled(mask[:, :, None, None])[0, ..., 0]
     alone = None if mask is None and other.complete else exists
     summaries = content.summaries(other.read(key), alone, acc)  # (G, S, parts, D)
-    scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     choose_blocks(found, content, query, own, tiles, summaries, exists.any(1), scale)
 
 
@@ -96,21 +107,26 @@ def choose_blocks(
         scale: factor of the scores.
     """
     size, blocks, acc, heads = content.block_size, tiles.queries, accumulator_dtype(query.dtype), query.shape[2]
+    shift = tiles.first_tile - tiles.first_block  # block -> key tile
+    low, high = content.candidates(blocks)
+    low, high = torch.maximum(low, tiles.first_block) + shift, high + shift
+    if has_kernel(content, query, blocks, scale):
+        choose(found, content, query, own, low, high, shift, summaries, filled, scale)
+        return
     queries = own.read(query)  # (H, T, b, D)
     if not blocks.is_causal:
         number = own.exists.sum(1).clamp(min=1)[:, None, None]
         queries = queries.sum(2, keepdim=True, dtype=acc) / number
-    shift = tiles.first_tile - tiles.first_block  # block -> key tile
-    low, high = content.candidates(blocks)
-    low, high = torch.maximum(low, tiles.first_block) + shift, high + shift
     per_tile = 1 if not blocks.is_causal else size
     group = heads // summaries.shape[0]
     step = max(1, _SCORES // (heads * per_tile * len(tiles.keys)))
     rows = found.shape[2]
     written = own.exists & (own.rows < found.shape[0] * rows)
     for begin in range(0, len(blocks.block), step):
-        here = slice(begin, begin + step)
-        first, last = int(low[here].min()), max(int(high[here].max()), int(low[here].min()) + 1)
+        here, first, last = slice(begin, begin + step), 0, len(filled)
+        if len(blocks.block) > step:  # only then is it worth waiting for the device
+            first = int(low[here].min())
+            last = max(int(high[here].max()), first + 1)
         columns = torch.arange(first, max(first, min(last, len(filled))), device=query.device)
         if not len(columns):
             continue

@@ -1,4 +1,7 @@
-"""Kernels over lists of key blocks in plain Triton: every option, no gathered copies, no partial results in memory."""
+"""Kernels over lists of key blocks in plain Triton: every option, no gathered copies, no partial results in memory.
+
+Blocks that rows choose for themselves go through `chosen`, which has some.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,16 @@ from torch import Tensor
 
 from .. import triton as dilated
 from ..tables import LONGEST, covered
+from . import chosen
 from .problem import SparseProblem
 
 
 def unsupported(problem: SparseProblem, *, backward: bool = False, grad_lse: bool = False) -> str | None:
     """Why this backend cannot compute the problem, or None."""
-    return dilated.unsupported(problem.carrier, backward=backward, grad_lse=grad_lse)
+    reason = dilated.unsupported(problem.carrier, backward=backward, grad_lse=grad_lse)
+    if reason is None and problem.selection is not None:
+        return chosen.unsupported(problem)
+    return reason
 
 
 def _common(problem: SparseProblem, mask: Tensor | None, seed: int | None, aligned: list[Tensor]) -> dict[str, Any]:
@@ -54,6 +61,10 @@ def forward(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, Nq, H, Dv), lse (B, Nq, H))."""
+    if problem.selection is not None:
+        found = forward(query, key, value, problem.listed, mask=mask, seed=seed)
+        chosen.join_chosen(query, key, value, *found, problem, mask, seed)
+        return found
     from ...kernels.sparse_forward import sparse_forward_kernel
 
     plan, heads = problem.plan, problem.shape.heads
@@ -89,6 +100,11 @@ def backward(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from the final (out, lse); ``grad_lse`` is (B, Nq, H)."""
+    if problem.selection is not None:
+        tensors = grad_out, grad_lse, query, key, value, out, lse
+        gradients = backward(*tensors, problem.listed, mask=mask, seed=seed)
+        chosen.add_chosen(*tensors, gradients, problem, mask, seed)
+        return gradients
     from ...kernels.sparse_backward import sparse_key_kernel, sparse_query_kernel
 
     shape, plan = problem.shape, problem.plan
