@@ -1,19 +1,21 @@
 """A small call of every GPU kernel, forward and backward: what a memory checker runs.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/every_kernel.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/every_kernel.py [PART ...]
 
 Without the caching allocator every tensor is an allocation of its own, so that an access behind its end is found.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch import GlobalLocal, dilated_attention, hilbert_order, sparse_attention
+from dilated_attention_pytorch import ContentTopK, GlobalLocal, dilated_attention, hilbert_order, sparse_attention
 from dilated_attention_pytorch.backends import gluon
 from dilated_attention_pytorch.kernels.hilbert.triton import permute_rows
 from dilated_attention_pytorch.models.pointwise import norm_linear
@@ -32,34 +34,33 @@ def differentiate(attend: Callable[..., Tensor], rows: int, queries: int, dim: i
     assert all(torch.isfinite(t).all() for t in (out, *grads))
 
 
-def main() -> None:
-    """Every backend and head dim, lengths that divide nothing, masks, documents, a decoding step."""
+def dilated(backend: str, dim: int, dtype: torch.dtype) -> None:
+    """Lengths that divide nothing, documents; masks, dropout and a decoding step where the backend takes them."""
     mask = torch.rand(1, 645, device="cuda") < 0.3
     cuts = torch.tensor([0, 100, 101, 645])
     options: list[dict[str, Any]] = [{}, {"is_causal": True}, {"cu_seqlens": cuts}, {"padding": "zeros"}]
-    for dim in gluon.HEAD_DIMS if gluon.unavailable() is None else ():
-        for some in options:
-            differentiate(lambda *t, some=some: dilated_attention(*t, *PATTERN, backend="gluon", **some),
-                          645, 645, dim, torch.bfloat16)  # fmt: skip
-        print("gluon", dim, flush=True)
-    for dim, dtype in ((24, torch.bfloat16), (64, torch.float16), (128, torch.float32)):
-        for some in (*options, {"key_padding_mask": mask}, {"dropout_p": 0.2}):
-            differentiate(lambda *t, some=some: dilated_attention(*t, *PATTERN, backend="triton", **some),
-                          645, 645, dim, dtype)  # fmt: skip
-        step = {"is_causal": True, "key_start": 77}
-        differentiate(lambda *t, step=step: dilated_attention(*t, *PATTERN, backend="triton", **step),
-                      645, 1, dim, dtype)  # fmt: skip
-        print("triton", dim, dtype, flush=True)
-    pattern = GlobalLocal(window=128, num_global_tokens=64, block_size=64)
-    for backend in ("triton", *(("gluon",) if gluon.unavailable() is None else ())):
+    if backend == "triton":
+        options += [{"key_padding_mask": mask}, {"dropout_p": 0.2}]
+    for some in options:
+        differentiate(partial(attend_dilated, backend=backend, **some), 645, 645, dim, dtype)
+    if backend == "triton":
+        differentiate(partial(attend_dilated, backend=backend, is_causal=True, key_start=77), 645, 1, dim, dtype)
+
+
+def attend_dilated(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return dilated_attention(query, key, value, *PATTERN, **options)
+
+
+def block_sparse(backend: str) -> None:
+    """Lists of blocks, and blocks that content chooses: for a block of rows and, under a causal mask, for each row."""
+    for pattern in (GlobalLocal(window=128, num_global_tokens=64, block_size=64), ContentTopK(2, block_size=64)):
         for is_causal in (False, True):
-            differentiate(
-                lambda *t, is_causal=is_causal, backend=backend: sparse_attention(
-                    *t, pattern, is_causal=is_causal, backend=backend
-                ),
-                645, 645, 64, torch.bfloat16,
-            )  # fmt: skip
-        print("block-sparse", backend, flush=True)
+            attend = partial(sparse_attention, pattern=pattern, is_causal=is_causal, backend=backend)
+            differentiate(attend, 645, 645, 64, torch.bfloat16)
+
+
+def others() -> None:
+    """Ordering, and norms with what follows them."""
     x = torch.randn(3, 37, 77, device="cuda", dtype=torch.bfloat16)
     permute_rows(x, torch.randperm(37, device="cuda"), 1)
     hilbert_order(37, 21, device="cuda")
@@ -68,8 +69,28 @@ def main() -> None:
         with torch.autocast("cuda", torch.bfloat16):
             (out,) = norm_linear(x.requires_grad_(), norm, [linear], gelu=gelu)
         out.float().square().sum().backward()
-    torch.cuda.synchronize()
-    print("ordering and norms", flush=True)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    **{f"gluon-{dim}": partial(dilated, "gluon", dim, torch.bfloat16) for dim in gluon.HEAD_DIMS},
+    "triton-24": partial(dilated, "triton", 24, torch.bfloat16),
+    "triton-64": partial(dilated, "triton", 64, torch.float16),
+    "triton-128": partial(dilated, "triton", 128, torch.float32),
+    "sparse-triton": partial(block_sparse, "triton"),
+    "sparse-gluon": partial(block_sparse, "gluon"),
+    "others": others,
+}
+
+
+def main() -> None:
+    """The parts that are named, or all that this GPU has."""
+    for name in sys.argv[1:] or PARTS:
+        if "gluon" in name and (reason := gluon.unavailable()):
+            print(f"not {name}: {reason}", flush=True)
+            continue
+        PARTS[name]()
+        torch.cuda.synchronize()
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
