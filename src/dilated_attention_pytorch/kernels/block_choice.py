@@ -4,8 +4,8 @@ A program takes rows of one query tile and walks the blocks that they may choose
 these, and the best so far, are one tile of WIDTH numbers a row. A number is an integer in the order of the scores whose
 last bits are its place, so no two are equal, and the largest are taken out one by one: no sort, no scan. Scores are
 compared to 24 bits, which is what summaries in two parts of half precision give. The tile goes through memory (some KiB
-a program, which stay in the cache) because products give it in parts. A row lies within a warp, so that a maximum needs
-no other.
+a program, which stay in the cache) because products give it in parts. Rows lie along the lanes of a warp, so that a
+maximum needs few other lanes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ CHOICE_COUNTS = [
 ]  # fmt: skip
 """Integers that change from call to call: no kernel is compiled anew for a value of these."""
 
-HELD = tl.constexpr(128)
-"""Neighbours of a row that the lanes of a warp hold: four each."""
-
 POOLINGS = {"mean": 0, "sub_means": 0, "min_max": 1, "moments": 2}
 """How scores come from summaries: see `score`."""
 
 
 @triton.jit
-def product(q, table, rest, at, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows times summaries (columns, D); ``SPLIT``: what a summary loses in half precision is in ``rest``."""
-    found = tl.dot(q, tl.trans(tl.load(table + at)), input_precision=PRECISION)
+def product(table, rest, at, q, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Summaries (columns, D) times rows; ``SPLIT``: what a summary loses in half precision is in ``rest``."""
+    across = tl.trans(q)
+    found = tl.dot(tl.load(table + at), across, input_precision=PRECISION)
     if SPLIT:
-        found = tl.dot(q, tl.trans(tl.load(rest + at)), found, input_precision=PRECISION)
+        found = tl.dot(tl.load(rest + at), across, found, input_precision=PRECISION)
     return found
 
 
@@ -40,20 +38,20 @@ def score(
     q, table, rest, columns, real, parts, half_scale, PADDED: tl.constexpr, POOLING: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(rows, columns) scores, but for a positive factor: of means the largest, of bounds or moments their sum."""
+    """(columns, rows) scores, but for a positive factor: of means the largest, of bounds or moments their sum."""
     dims = tl.arange(0, PADDED)
     at = (tl.where(real, columns, 0).to(tl.int64) * parts * PADDED)[:, None] + dims[None, :]
     if POOLING == 0:
-        found = product(q, table, rest, at, SPLIT, PRECISION)
+        found = product(table, rest, at, q, SPLIT, PRECISION)
         for part in range(1, parts):
-            found = tl.maximum(found, product(q, table, rest, at + part * PADDED, SPLIT, PRECISION))
+            found = tl.maximum(found, product(table, rest, at + part * PADDED, q, SPLIT, PRECISION))
     elif POOLING == 1:
         zero = tl.zeros_like(q)
-        found = product(tl.where(q < 0, q, zero), table, rest, at, SPLIT, PRECISION)
-        found += product(tl.where(q > 0, q, zero), table, rest, at + PADDED, SPLIT, PRECISION)
+        found = product(table, rest, at, tl.where(q < 0, q, zero), SPLIT, PRECISION)
+        found += product(table, rest, at + PADDED, tl.where(q > 0, q, zero), SPLIT, PRECISION)
     else:
-        found = product(q, table, rest, at, SPLIT, PRECISION)
-        found += product(q * q, table, rest, at + PADDED, SPLIT, PRECISION) * half_scale
+        found = product(table, rest, at, q, SPLIT, PRECISION)
+        found += product(table, rest, at + PADDED, q * q, SPLIT, PRECISION) * half_scale
     return found
 
 
@@ -79,15 +77,13 @@ def block_choice_kernel(
         filled: (summary_tiles,) uint8, which of them may be chosen.
         rows_of_tiles: (query_tiles, SIZE) int32: row of the query, counted over the batch; -1 where there is none.
         low, high: (query_tiles,) int32: the tiles that may be chosen; ``shift``: what makes a block of a tile.
-        numbers, indices: (programs, ROWS, WIDTH) and (programs, 2, ROWS, KEEP) int32, scratch.
+        numbers, indices: (programs, WIDTH, ROWS) and (programs, 2 * KEEP, ROWS) int32, scratch.
     """
     q_batch, q_row, q_head = q_batch * UNIT, q_row * UNIT, q_head * UNIT
     nothing: tl.constexpr = -(1 << 31)
     least: tl.constexpr = -2139095041  # the number of minus infinity
     program = tl.program_id(0)
-    lines, places, dims = tl.arange(0, ROWS), tl.arange(0, KEEP), tl.arange(0, PADDED)
-    # (parts of a row that one warp holds, rows, places in a part): so spread, a row's maximum needs no other warp.
-    slots = (tl.arange(0, WIDTH // HELD) * HELD)[:, None, None] + tl.arange(0, HELD)[None, None, :]
+    lines, slots, places, dims = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, KEEP), tl.arange(0, PADDED)
     mine = numbers + program.to(tl.int64) * (WIDTH * ROWS)
     known = indices + program.to(tl.int64) * (2 * KEEP * ROWS)
     for turn in range(program, total, tl.num_programs(0)):
@@ -118,36 +114,33 @@ def block_choice_kernel(
                           PRECISION)  # fmt: skip
                 shown = real & (tl.load(filled + columns, mask=real, other=0) != 0)
                 tl.store(
-                    mine + (lines[:, None] * WIDTH + (KEEP + inner)[None, :]),
-                    tl.where(shown[None, :], ordered(s), nothing),
+                    mine + ((KEEP + inner)[:, None] * ROWS + lines[None, :]),
+                    tl.where(shown[:, None], ordered(s), nothing),
                 )
             tl.debug_barrier()
             older = slots < KEEP
             # Of the first piece of blocks there is nothing older.
             inside = tl.where(first > first_tile, keep, 0)
             real = (older & (slots < inside)) | ((slots >= KEEP) & (first + slots - KEEP < last_tile))
-            found = tl.load(mine + (lines[None, :, None] * WIDTH + slots), mask=real, other=nothing)
-            found = tl.where(found > least, (found & -WIDTH) | (WIDTH - 1 - slots), nothing)
+            found = tl.load(mine + (slots[:, None] * ROWS + lines[None, :]), mask=real[:, None], other=nothing)
+            found = tl.where(found > least, (found & -WIDTH) | (WIDTH - 1 - slots)[:, None], nothing)
             tl.debug_barrier()
             for place in range(keep):
-                top = tl.max(tl.max(found, 0), 1)
-                found = tl.where(found == top[None, :, None], nothing, found)
-                tl.store(mine + (lines * WIDTH + place), top)
+                top = tl.max(found, 0)
+                found = tl.where(found == top[None, :], nothing, found)
+                tl.store(mine + place * ROWS + lines, top)
             tl.debug_barrier()
-            top = tl.load(
-                mine + (lines[:, None] * WIDTH + places[None, :]), mask=(places < keep)[None, :], other=nothing
-            )
+            at = places[:, None] * ROWS + lines[None, :]
+            top = tl.load(mine + at, mask=(places < keep)[:, None], other=nothing)
             slot = WIDTH - 1 - (top & (WIDTH - 1))
-            index = tl.load(
-                known + (side * (KEEP * ROWS) + lines[:, None] * KEEP + slot), mask=(top != nothing) & (slot < KEEP),
-                other=0,
-            )  # fmt: skip
+            index = tl.load(known + side * (KEEP * ROWS) + slot * ROWS + lines[None, :],
+                            mask=(top != nothing) & (slot < KEEP), other=0)  # fmt: skip
             index = tl.where(slot < KEEP, index, first + slot - KEEP)
             side = 1 - side
             if first + (WIDTH - KEEP) < last_tile:
-                tl.store(known + (side * (KEEP * ROWS) + lines[:, None] * KEEP + places[None, :]), index)
+                tl.store(known + side * (KEEP * ROWS) + at, index)
             else:
                 tl.store(
-                    chosen + (target[:, None] + places[None, :]), index - of_block,
-                    mask=(top != nothing) & there[:, None],
+                    chosen + (target[None, :] + places[:, None]), index - of_block,
+                    mask=(top != nothing) & there[None, :],
                 )  # fmt: skip

@@ -18,7 +18,7 @@ _WIDTH = 256
 """Numbers of a row among which the best are looked for at once."""
 _MOST = _WIDTH // 2
 """Blocks that a row may choose."""
-_PROGRAMS = 2
+_PROGRAMS = 4
 """Programs a processor."""
 
 
@@ -80,18 +80,15 @@ def choose(
     keep = -(-content.keep // columns) * columns
     total = heads * tiles * (size // lines)
     programs = min(total, _programs(query.device))
-    numbers = torch.empty((programs, lines, _WIDTH), dtype=torch.int32, device=query.device)
-    indices = torch.empty((programs, 2, lines, keep), dtype=torch.int32, device=query.device)
+    numbers = torch.empty((programs, _WIDTH, lines), dtype=torch.int32, device=query.device)
+    indices = torch.empty((programs, 2 * keep, lines), dtype=torch.int32, device=query.device)
     unit = dilated._unit(aligned)
     strides = (aligned.stride(i) // unit if aligned.shape[i] > 1 else 0 for i in range(3))
-    warps = 8 if lines == 64 else 4
-    # Half of the registers, so that one program waits for memory while another computes.
-    fewer = {"maxnreg": 128} if query.is_cuda and torch.version.hip is None and warps == 8 else {}
     block_choice_kernel[(programs,)](
         aligned, table, rest, filled.to(torch.uint8), places, low.int(), high.int(), shift.int(), found, numbers,
         indices, total, tiles, heads, heads // summaries.shape[0], summaries.shape[1], rows, summaries.shape[2],
         content.keep, *strides, scale / 2,
         ROWS=lines, SIZE=size, WIDTH=_WIDTH, KEEP=keep, COLUMNS=columns, D=dim, PADDED=padded,
         POOLING=pooling, SPLIT=not wide, WIDE=wide, PRECISION="tf32x3", UNIT=unit,
-        num_warps=warps, num_stages=2, **fewer,
+        num_warps=8 if lines == 64 else 4, num_stages=2,
     )  # fmt: skip
