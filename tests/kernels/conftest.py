@@ -364,7 +364,7 @@ def _modules():
     core = ModuleType("triton.experimental.gluon.language._core")
     core.builtin = lambda function: function
     gluon = ModuleType("triton.experimental.gluon")
-    gluon.jit, gluon.constexpr_function, gluon.language = _jit, lambda function: function, gl
+    gluon.jit, gluon.language = _jit, gl
     return {m.__name__: m for m in (gl, hopper, host, core, gluon)}
 
 

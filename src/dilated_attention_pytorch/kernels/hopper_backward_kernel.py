@@ -70,12 +70,6 @@ def _zero(value):
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
 
 
-@gluon.constexpr_function
-def _buffers(P):
-    """Blocks whose dQ there is room for: with two, the consumers do not wait for the copy engine."""
-    return 1 if P[3] > 64 else 2
-
-
 @gluon.jit
 def _put(memory, index: gl.constexpr, value):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -293,7 +287,6 @@ def _writer(P: gl.constexpr, dq_ds, dq_s, info_s, tile_s, bars, query_head0):
     BQ: gl.constexpr = P[4]
     HALF: gl.constexpr = P[3] // 2
     RATES: gl.constexpr = P[10]
-    BUFFERS: gl.constexpr = _buffers(P)
     kv_full, kv_empty, _q_full, _do_full, _empty, dq_full, dq_empty = bars
     turn = 0
     it = 0
@@ -303,9 +296,7 @@ def _writer(P: gl.constexpr, dq_ds, dq_s, info_s, tile_s, bars, query_head0):
         blocks = masked + _get(tile_s, 6, 1)
         mbarrier.arrive(kv_empty, count=1)
         for j in range(blocks):
-            buffer = (it + j) % BUFFERS * 2
-            phase = ((it + j) // BUFFERS) & 1
-            mbarrier.wait(dq_full.index(buffer), phase)
+            mbarrier.wait(dq_full.index(0), (it + j) & 1)
             info = info_s.index((it + j) % 4)
             row = _get(info, 8, 1)
             residue = _get(info, 9, 1)
@@ -313,21 +304,17 @@ def _writer(P: gl.constexpr, dq_ds, dq_s, info_s, tile_s, bars, query_head0):
             branch = _get(info, 11, 1)
             for g in gl.static_range(2):
                 if g == 1:
-                    mbarrier.wait(dq_full.index(buffer + 1), phase)
+                    mbarrier.wait(dq_full.index(1), (it + j) & 1)
                 for i in gl.static_range(len(RATES)):
                     if branch == i:
-                        half = _as_4d(dq_s.index(buffer + g), BQ, HALF, 32)
-                        _reduce_add(dq_ds[i], [row, residue, head, g * HALF], half)
-            # With two buffers those of the block before, of which the copy engine has read all.
-            tma.store_wait(2 * (BUFFERS - 1))
-            done = 2 * (BUFFERS - 1) - buffer
-            mbarrier.arrive(dq_empty.index(done), count=1, pred=it + j >= BUFFERS - 1)
-            mbarrier.arrive(dq_empty.index(done + 1), count=1, pred=it + j >= BUFFERS - 1)
+                        _reduce_add(dq_ds[i], [row, residue, head, g * HALF], _as_4d(dq_s.index(g), BQ, HALF, 32))
+            tma.store_wait(0)
+            mbarrier.arrive(dq_empty.index(0), count=1)
+            mbarrier.arrive(dq_empty.index(1), count=1)
         it += blocks
         turn += 1
         mbarrier.wait(kv_full, turn & 1)
         masked = _get(tile_s, 0, 1)
-    tma.store_wait(0)
 
 
 @gluon.jit
@@ -431,12 +418,10 @@ def _block(
     if MASKED:
         line_q = gl.arange(0, BQ, gl.SliceLayout(1, q_l))
         dq = gl.where(((line_q >= low) & (line_q < high))[:, None], dq, 0.0)
-    BUFFERS: gl.constexpr = _buffers(P)
-    half = it % BUFFERS * 2 + G
-    mbarrier.wait(dq_empty.index(half), ((it // BUFFERS) & 1) ^ 1)
-    dq_s.index(half).store(dq)
+    mbarrier.wait(dq_empty.index(G), (it & 1) ^ 1)
+    dq_s.index(G).store(dq)
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(half), count=1)
+    mbarrier.arrive(dq_full.index(G), count=1)
     dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
     mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv, token
@@ -528,7 +513,6 @@ def _allocate(P: gl.constexpr, dtype: gl.constexpr):
     DP: gl.constexpr = P[3]
     BQ: gl.constexpr = P[4]
     STAGES: gl.constexpr = P[5]
-    BUFFERS: gl.constexpr = _buffers(P)
     half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     word: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
@@ -539,7 +523,7 @@ def _allocate(P: gl.constexpr, dtype: gl.constexpr):
     do_s = gl.allocate_shared_memory(dtype, [STAGES, BQ, DP], half)
     ds_s = gl.allocate_shared_memory(dtype, [4, 64, BQ], half)
     out_s = gl.allocate_shared_memory(dtype, [2, 64, DP], half)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2 * BUFFERS, BQ, DP // 2], word)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, BQ, DP // 2], word)
     row_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BQ], plain)
     info_s = gl.allocate_shared_memory(gl.int32, [4, 16], plain)
     tile_s = gl.allocate_shared_memory(gl.int32, [8], plain)
@@ -548,11 +532,11 @@ def _allocate(P: gl.constexpr, dtype: gl.constexpr):
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_l)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_l)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_l)
-    dq_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], bar_l)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], bar_l)
+    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_l)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_l)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=3)
-    for i in gl.static_range(2 * BUFFERS):
+    for i in gl.static_range(2):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
