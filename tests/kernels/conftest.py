@@ -11,6 +11,7 @@ import importlib
 import re
 import sys
 import threading
+import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -24,6 +25,8 @@ from dilated_attention_pytorch.backends import gluon
 
 PATIENCE = 10.0
 """Seconds after which a wait counts as a deadlock."""
+LAGS: dict[str, float] = {}
+"""Seconds that a warp group, by its function's name, sleeps after each wait: it comes late to all that it reads."""
 
 
 class Value(torch.Tensor):
@@ -108,6 +111,7 @@ class Barrier:
         with self.changed:
             if not self.changed.wait_for(lambda: self.parity != int(parity), PATIENCE):
                 raise TimeoutError("a barrier's phase never ended")
+        time.sleep(_program.lag)
 
 
 class Barriers:
@@ -204,7 +208,7 @@ def _wait_products(pendings, deps):
 
 class _Program(threading.local):
     def __init__(self):
-        self.named, self.number = defaultdict(Barrier), 0
+        self.named, self.number, self.lag = defaultdict(Barrier), 0, 0.0
 
 
 _program = _Program()
@@ -258,6 +262,7 @@ class Function:
         self.function = function
 
     def __call__(self, *arguments, **options):
+        _program.lag = LAGS.get(self.function.__name__, _program.lag)
         return self.function(*arguments, **options)
 
     def __getitem__(self, grid):
@@ -390,6 +395,12 @@ def _interpreted(*names):
         )
     with mock.patch.multiple(sys.modules[package], create=True, **kernels):
         yield kernels.values()
+
+
+@pytest.fixture(params=["_consumer", "producer", "scheduler", "_producer", "_writer"])
+def lagging(request, monkeypatch):
+    """One of the warp groups is slower than all others."""
+    monkeypatch.setitem(LAGS, request.param, 0.02)
 
 
 @pytest.fixture

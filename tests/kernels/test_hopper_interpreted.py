@@ -52,6 +52,16 @@ def test_bound_b_of_several_launches(name, is_causal):
     assert not violations(Case(**sizes, head_dim=64, dtype=torch.bfloat16), ("gluon",))
 
 
+@pytest.mark.usefixtures("interpreted_hopper", "lagging")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nothing_is_overwritten_before_the_slowest_warp_group_has_read_it(head_dim):
+    case = {"key_rows": 400, "segment_lengths": (128, 300), "dilation_rates": (1, 2), "kv_heads": 1}
+    for is_causal in (False, True):
+        assert not violations(
+            Case(seed=5, **case, head_dim=head_dim, is_causal=is_causal, dtype=torch.bfloat16), ("gluon",)
+        )
+
+
 BLOCKS = {
     "local_64": {"pattern": LocalWindow(128, 64)},
     "global_128": {"pattern": GlobalLocal(128, 1, (300,), 128), "kv_heads": 1, "group": 3},
