@@ -128,6 +128,22 @@ def chosen_forward_kernel(
         tl.store(part_lse + slot, natural, mask=there)
 
 
+@triton.jit
+def rows_to_join(
+    chosen, entries_of_list, keep, first_list, kv_heads, group, query_rows_total, BLOCK: tl.constexpr
+):  # fmt: skip
+    """(batch, head, rows, their first entries in ``chosen``, and in partial results) of a program of BLOCK rows."""
+    tiles = (query_rows_total + BLOCK - 1) // BLOCK
+    member = tl.program_id(0) // tiles % group
+    place = tl.program_id(0) // tiles // group
+    chosen_list = first_list + place
+    rows = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    entry = (member * query_rows_total + rows).to(tl.int64) * keep
+    batch, head = (chosen_list // kv_heads).to(tl.int64), chosen_list % kv_heads * group + member
+    mine = chosen + chosen_list.to(tl.int64) * entries_of_list + entry
+    return batch, head, rows, mine, place.to(tl.int64) * entries_of_list + entry
+
+
 @triton.jit(do_not_specialize=CHOSEN_COUNTS)
 def chosen_join_kernel(
     chosen, part_out, part_lse, out, lse, entries_of_list, keep, first_list, kv_heads, group, query_rows_total,
@@ -138,17 +154,9 @@ def chosen_join_kernel(
 
     ``chosen`` (lists, entries) int: negative where there is none.
     """
-    tiles = (query_rows_total + BLOCK - 1) // BLOCK
-    tile = tl.program_id(0) % tiles
-    member = tl.program_id(0) // tiles % group
-    place = tl.program_id(0) // tiles // group
-    chosen_list = first_list + place
-    batch, head = (chosen_list // kv_heads).to(tl.int64), chosen_list % kv_heads * group + member
-    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    batch, head, rows, mine, slot = rows_to_join(chosen, entries_of_list, keep, first_list, kv_heads, group,
+                                                 query_rows_total, BLOCK)  # fmt: skip
     inside, choice, value_dims = rows < query_rows_total, tl.arange(0, KEEP), tl.arange(0, PADDED_V)
-    entry = (member * query_rows_total + rows).to(tl.int64) * keep
-    mine = chosen + chosen_list.to(tl.int64) * entries_of_list + entry
-    slot = place.to(tl.int64) * entries_of_list + entry
     real = inside[:, None] & (choice < keep)[None, :]
     real = real & (tl.load(mine[:, None] + choice[None, :], mask=real, other=-1) >= 0)
     parts = tl.load(part_lse + slot[:, None] + choice[None, :], mask=real, other=-float("inf"))
@@ -275,17 +283,9 @@ def chosen_sum_kernel(
     dq_batch, dq_row, dq_head, BLOCK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Add dQ of the entries of BLOCK rows of one head to that of what all rows see."""
-    tiles = (query_rows_total + BLOCK - 1) // BLOCK
-    tile = tl.program_id(0) % tiles
-    member = tl.program_id(0) // tiles % group
-    place = tl.program_id(0) // tiles // group
-    chosen_list = first_list + place
-    batch, head = (chosen_list // kv_heads).to(tl.int64), chosen_list % kv_heads * group + member
-    rows, dims = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
-    inside = rows < query_rows_total
-    entry = (member * query_rows_total + rows).to(tl.int64) * keep
-    mine = chosen + chosen_list.to(tl.int64) * entries_of_list + entry
-    slot = place.to(tl.int64) * entries_of_list + entry
+    batch, head, rows, mine, slot = rows_to_join(chosen, entries_of_list, keep, first_list, kv_heads, group,
+                                                 query_rows_total, BLOCK)  # fmt: skip
+    inside, dims = rows < query_rows_total, tl.arange(0, PADDED)
     at = grad_query + batch * dq_batch + head.to(tl.int64) * dq_head + rows.to(tl.int64)[:, None] * dq_row
     shown = inside[:, None] & (dims < D)[None, :]
     sums = tl.load(at + dims[None, :], mask=shown, other=0.0).to(tl.float32)
