@@ -9,7 +9,7 @@ rows each consume the blocks and need no geometry.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -92,11 +92,12 @@ def _scores(spec: gl.constexpr, q, k, zeros):
 
 @gluon.jit
 def _wait_values(spec: gl.constexpr, sums, p, p32, v_full, phase):
-    """Wait for the product of values; ``p32`` are the next block's probabilities."""
-    if spec.pin:
-        # Names these probabilities, so that the wait stays behind them; the barrier keeps it there in ptxas.
-        if spec.pin == 2:
-            mbarrier.wait(v_full, phase)
+    """Wait for the product of values; a ``late_wait`` comes when the next block's probabilities ``p32`` are there.
+
+    ptxas moves a wait up, to behind the scores, but not across the loop of a barrier, which was passed long ago.
+    """
+    if spec.late_wait:
+        mbarrier.wait(v_full, phase)
         sums, p, p32 = warpgroup_mma_wait(0, deps=[sums, p, p32])
     else:
         sums, p = warpgroup_mma_wait(0, deps=[sums, p])
@@ -119,26 +120,51 @@ def _drop_foreign(spec: gl.constexpr, v, keep):
 
 
 @gluon.jit
-def _mask(spec: gl.constexpr, s, record, row, column, v, v_full, phase):
+def _mask_columns(spec: gl.constexpr, s, low, high, limit):
+    """Scores without columns below ``low``, above ``high`` or, if causal, above a row's ``limit``."""
+    layout: gl.constexpr = s.type.layout
+    if spec.padded > 64:
+        # Column 8 i + j is at hand as i, a constant of the code, and j, of which a thread holds two: numbers of
+        # columns would take 32 registers of a thread, and there are none to spare.
+        parts = s.reshape([64, spec.keys // 8, 8])
+        parts_layout: gl.constexpr = parts.type.layout
+        i = 8 * gl.arange(0, spec.keys // 8, gl.SliceLayout(0, gl.SliceLayout(2, parts_layout)))
+        j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, parts_layout)))
+        keep = i[None, :, None] >= (low - j)[None, None, :]
+        if spec.causal:
+            limit = gl.convert_layout(limit, gl.SliceLayout(1, gl.SliceLayout(2, parts_layout)))
+            keep = keep & (i[None, :, None] <= limit[:, None, None] - j[None, None, :])
+        else:
+            keep = keep & (i[None, :, None] <= (high - j)[None, None, :])
+        s = gl.convert_layout(gl.where(keep, parts, -float("inf")).reshape([64, spec.keys]), layout)
+    else:
+        column = gl.arange(0, spec.keys, gl.SliceLayout(0, layout))
+        if spec.causal:
+            s = gl.where((column >= low)[None, :] & (column[None, :] <= limit[:, None]), s, -float("inf"))
+        else:
+            s = gl.where(((column >= low) & (column <= high))[None, :], s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def _mask(spec: gl.constexpr, s, flags, place, row, v, v_full, phase):
     """Scores without the columns that a row must not see, and per row 0 or, where it takes no part, infinity."""
-    flags = field(record, 0)
     layout: gl.constexpr = row.type.layout
     away = gl.zeros([64], gl.float32, layout)
     if flags != 0:
+        record = read_record(place, 4)
         ahead = field(record, 3) + spec.stride * row
         high = field(record, 2)
         if flags & ROWS:
             member = (row >= field(record, 5)) & (row < field(record, 6)) & is_member(field(record, 7), row)
             away = gl.where(member, 0.0, float("inf"))
         if flags & COLUMNS:
-            low = field(record, 1)
+            limit = ahead
             if spec.causal:
                 # Exact for the rows that take part: their quotient is whole, or far beyond the block. No division.
                 keys = ahead.to(gl.float32) * (1.0 / field(record, 4).to(gl.float32))
                 limit = gl.minimum((gl.maximum(keys, -1.0) + 1.5).to(gl.int32) - 1, high)
-                s = gl.where((column >= low)[None, :] & (column[None, :] <= limit[:, None]), s, -float("inf"))
-            else:
-                s = gl.where(((column >= low) & (column <= high))[None, :], s, -float("inf"))
+            s = _mask_columns(spec, s, field(record, 1), high, limit)
         if flags & FOREIGN:
             mbarrier.wait(v_full, phase)
             _drop_foreign(spec, v, high + 1)
@@ -156,16 +182,16 @@ def _blocks(spec: gl.constexpr, warpgroup: gl.constexpr, tile):
 
 @gluon.jit
 def _next_block(spec: gl.constexpr, warpgroup: gl.constexpr, shared, held, held_phase):
-    """Stage, phase and record of the next block that a warpgroup takes, whose keys are there."""
+    """Stage, phase, flags and record of the next block that a warpgroup takes, whose keys are there."""
     _, _, _, block_s, _, _, _, k_full, k_empty, v_full, v_empty = shared
     stages: gl.constexpr = spec.stages
     stage = gl.where(held == stages - 1, 0, held + 1)
     phase = gl.where(held == stages - 1, held_phase ^ 1, held_phase)
     mbarrier.wait(k_full.index(stage), phase)
-    record = read_record(block_s.index(stage + stages * phase), 4)
+    flags = field(read_record(block_s.index(stage + stages * phase), 4), 0)
     skips: gl.constexpr = spec.skip and warpgroup == 0
     if skips:
-        skipped = field(record, 0) & SKIPPED
+        skipped = flags & SKIPPED
         if skipped != 0:
             mbarrier.arrive(k_empty.index(stage), count=1)
             mbarrier.wait(v_full.index(stage), phase)
@@ -174,8 +200,8 @@ def _next_block(spec: gl.constexpr, warpgroup: gl.constexpr, shared, held, held_
             stage = gl.where(wraps, 0, stage + 1)
             phase = gl.where(wraps, phase ^ 1, phase)
             mbarrier.wait(k_full.index(stage), phase)
-            record = read_record(block_s.index(stage + stages * phase), 4)
-    return stage, phase, record
+            flags = field(read_record(block_s.index(stage + stages * phase), 4), 0)
+    return stage, phase, flags, block_s.index(stage + stages * phase)
 
 
 @gluon.jit
@@ -184,6 +210,24 @@ def _largest(s, m):
     layout: gl.constexpr = m.type.layout
     even, odd = gl.split(s.reshape([64, s.shape[1] // 2, 2]))
     return gl.convert_layout(gl.max(gl.maximum(even, odd), 1), layout)
+
+
+@gluon.jit
+def _row_sums(spec: gl.constexpr, p32):
+    """Sums of each row; in eight parts, each of one thread, which nobody has to exchange, if ``split_sums``."""
+    if spec.split_sums:
+        return gl.sum(p32.reshape([64, spec.keys // 8, 8]), 1)
+    else:
+        return gl.sum(p32, 1)
+
+
+@gluon.jit
+def _decayed(spec: gl.constexpr, total, decay):
+    if spec.split_sums:
+        layout: gl.constexpr = total.type.layout
+        return total * gl.convert_layout(decay, gl.SliceLayout(1, layout))[:, None]
+    else:
+        return total * decay
 
 
 @gluon.jit
@@ -211,7 +255,6 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
     if warpgroup == 1:
         token = _turn(spec, token, 0, True)
     row = gl.arange(0, 64, gl.SliceLayout(1, s_layout)) + 64 * warpgroup
-    column = gl.arange(0, spec.keys, gl.SliceLayout(0, s_layout))
     zeros = gl.zeros([64, keys], gl.float32, s_layout)
     lowest = gl.full([64], -3.4028234663852886e38, gl.float32, gl.SliceLayout(1, s_layout))
 
@@ -222,42 +265,41 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
     first_row = field(tile, 2)
     head = field(tile, 3)
     # The stage whose values wait for their product, and its phase.
-    held, held_phase, record = _next_block(spec, warpgroup, shared, gl.to_tensor(stages - 1), gl.to_tensor(1))
+    held, held_phase, flags, record = _next_block(spec, warpgroup, shared, gl.to_tensor(stages - 1), gl.to_tensor(1))
     s = _scores(spec, q_s.index(warpgroup), k_s.index(held), zeros)
     s = warpgroup_mma_wait(0, deps=[s])
-    s, away = _mask(spec, s, record, row, column, v_s.index(held), v_full.index(held), held_phase)
+    s, away = _mask(spec, s, flags, record, row, v_s.index(held), v_full.index(held), held_phase)
     mbarrier.arrive(k_empty.index(held), count=1)
     p32, m = _softmax(s, away, lowest, scale_log2)
-    total = gl.sum(p32, 1)
+    total = _row_sums(spec, p32)
     p = gl.convert_layout(p32.to(element), p_layout)
     turn = 0
     while blocks > 0:
         buffer = turn & 1
         q = q_s.index(2 * buffer + warpgroup)
         sums = gl.zeros([64, padded], gl.float32, o_layout)
-        place = (first_row.to(gl.int64) + spec.stride * row) * spec.heads + head
-        valid = row < rows
-        j, x = place_of(first_row + 64 * spec.stride * warpgroup, spec.stride, query_total % spec.stride)
         before = lowest
         if spec.merge:
-            before = gl.load(lse + place, mask=valid, other=-float("inf"))
+            place = (first_row.to(gl.int64) + spec.stride * row) * spec.heads + head
+            before = gl.load(lse + place, mask=row < rows, other=-float("inf"))
+            j, x = place_of(first_row + 64 * spec.stride * warpgroup, spec.stride, query_total % spec.stride)
             tma.store_wait(0)
             mbarrier.expect(o_full, 64 * spec.padded * 2)
             load_rows(spec, 64, out_desc, j, x, head, o_full, o_s)
         for _ in range(1, blocks):
-            stage, phase, record = _next_block(spec, warpgroup, shared, held, held_phase)
+            stage, phase, flags, record = _next_block(spec, warpgroup, shared, held, held_phase)
             token = _turn(spec, token, warpgroup, False)
             s = _scores(spec, q, k_s.index(stage), zeros)
             mbarrier.wait(v_full.index(held), held_phase)
             sums = warpgroup_mma(p, v_s.index(held), sums, is_async=True)
             token = _turn(spec, token, 1 - warpgroup, True)
             s = warpgroup_mma_wait(1, deps=[s])
-            s, away = _mask(spec, s, record, row, column, v_s.index(stage), v_full.index(stage), phase)
+            s, away = _mask(spec, s, flags, record, row, v_s.index(stage), v_full.index(stage), phase)
             if stages == 2:
                 mbarrier.arrive(k_empty.index(stage), count=1)
             p32, new = _softmax(s, away, m, scale_log2)
             decay = gl.exp2(m - new)
-            total = total * decay + gl.sum(p32, 1)
+            total = _decayed(spec, total, decay) + _row_sums(spec, p32)
             m = new
             sums, p, p32 = _wait_values(spec, sums, p, p32, v_full.index(held), held_phase)
             if stages > 2:
@@ -274,23 +316,27 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         next_buffer = turn & 1
         mbarrier.wait(q_full.index(next_buffer), (turn >> 1) & 1)
         next_tile = read_record(tile_s.index(next_buffer), 4)
-        stage_n, phase_n, record = _next_block(spec, warpgroup, shared, held, held_phase)
+        stage_n, phase_n, flags, record = _next_block(spec, warpgroup, shared, held, held_phase)
         token = _turn(spec, token, warpgroup, False)
         s = _scores(spec, q_s.index(2 * next_buffer + warpgroup), k_s.index(stage_n), zeros)
         mbarrier.wait(v_full.index(held), held_phase)
         sums = warpgroup_mma(p, v_s.index(held), sums, is_async=True)
         token = _turn(spec, token, 1 - warpgroup, True)
         s = warpgroup_mma_wait(1, deps=[s])
-        s, away = _mask(spec, s, record, row, column, v_s.index(stage_n), v_full.index(stage_n), phase_n)
+        s, away = _mask(spec, s, flags, record, row, v_s.index(stage_n), v_full.index(stage_n), phase_n)
         mbarrier.arrive(k_empty.index(stage_n), count=1)
         p32, new_m = _softmax(s, away, lowest, scale_log2)
-        new_total = gl.sum(p32, 1)
+        new_total = _row_sums(spec, p32)
         sums, p, p32 = _wait_values(spec, sums, p, p32, v_full.index(held), held_phase)
         mbarrier.arrive(v_empty.index(held), count=1)
         p = gl.convert_layout(p32.to(element), p_layout)
         held = stage_n
         held_phase = phase_n
 
+        place = (first_row.to(gl.int64) + spec.stride * row) * spec.heads + head
+        j, x = place_of(first_row + 64 * spec.stride * warpgroup, spec.stride, query_total % spec.stride)
+        if spec.split_sums:
+            total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout))
         normaliser = gl.where(total == 0, -float("inf"), (m + gl.log2(total)) * 0.6931471805599453)
         factor = gl.where(total == 0, 0.0, 1.0 / total)
         if spec.merge:
@@ -308,7 +354,7 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         else:
             sums = sums * gl.convert_layout(factor, o_rows)[:, None]
             tma.store_wait(0)
-        gl.store(lse + place, normaliser, mask=valid)
+        gl.store(lse + place, normaliser, mask=row < rows)
         o_s.store(sums.to(element))
         if rows >= 64 * (warpgroup + 1):
             fence_async_shared()
@@ -330,6 +376,8 @@ def _consumer(spec: gl.constexpr, warpgroup: gl.constexpr, scale_log2, query_tot
         head = field(next_tile, 3)
         m = new_m
         total = new_total
+    # The last block was there for its scores alone: no copy may be under way when the shared memory is given back.
+    mbarrier.wait(v_full.index(held), held_phase)
     tma.store_wait(0)
 
 
@@ -362,16 +410,20 @@ class Tuning:
 
     stages: int = 2
     alternate: bool = False
-    pin: int = 0
-    consumer_registers: int = 240
-    producer_registers: int = 24
+    late_wait: bool = False
+    split_sums: bool = True
+    consumer_registers: int = 232
+    producer_registers: int = 40
 
 
 def tuning_of(dim: int, is_causal: bool) -> Tuning:
     """The fastest settings that were measured on an H200."""
     if dim > 64:
-        return Tuning(2, not is_causal, 2, 232, 40)
-    return Tuning(4 if dim <= 48 else 3, dim > 48 and not is_causal, 0, 208, 88)
+        return Tuning(2, alternate=not is_causal)
+    small = Tuning(4, consumer_registers=208, producer_registers=88)
+    if dim <= 48:
+        return replace(small, late_wait=True)
+    return small if is_causal else replace(small, stages=3, alternate=True, split_sums=False)
 
 
 @lru_cache(maxsize=16)
@@ -430,7 +482,8 @@ def _launches(
             causal=is_causal,
             merge=number > 0,
             alternate=tuning.alternate,
-            pin=tuning.pin,
+            late_wait=tuning.late_wait,
+            split_sums=tuning.split_sums,
         )
         unused = [None] * (MAX_BRANCHES - len(rates))
         blocks = met_blocks(

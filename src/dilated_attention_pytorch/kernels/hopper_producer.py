@@ -48,7 +48,8 @@ class Spec:
     causal: bool
     merge: bool
     alternate: bool
-    pin: int
+    late_wait: bool
+    split_sums: bool
 
     @property
     def skip(self) -> bool:

@@ -136,7 +136,8 @@ def _spec(heads: int, kv_heads: int, dim: int, is_causal: bool) -> Spec:
     return Spec(
         heads=heads, group=heads // kv_heads, dim=dim, padded=1 << (dim - 1).bit_length(), first=first, second=second,
         stride=1, keys=BLOCK_KEYS, stages=tuning.stages, lengths=(INT32,), rates=(1,), interleaved=False,
-        causal=is_causal, merge=False, alternate=tuning.alternate, pin=tuning.pin,
+        causal=is_causal, merge=False, alternate=tuning.alternate,
+        late_wait=tuning.late_wait, split_sums=tuning.split_sums,
     )  # fmt: skip
 
 

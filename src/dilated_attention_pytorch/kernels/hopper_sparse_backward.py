@@ -28,7 +28,8 @@ from .hopper_backward import (
     _tuning,
     _view,
 )
-from .hopper_backward_kernel import LONGEST, _allocate, _as_4d, _consumer, _put, _writer
+from .hopper_backward_consumer import _consumer
+from .hopper_backward_kernel import LONGEST, _allocate, _as_4d, _put, _writer
 from .launch import Address, Launch
 from .schedule import Work
 from .spread_work import SpreadWork
