@@ -19,18 +19,25 @@ CASES = {
     "left padding": {"rows": 150, "key_start": -20},
     "evicted": {"rows": 290, "queries": 30, "key_start": 27},
     "mask": {"rows": 397, "queries": 97, "size": 128, "hidden": True},
+    "more than at once": {"rows": 1300, "queries": 6, "keep": 70},
+    "tiles": {"rows": 700, "heads": 4, "keep": 5, "is_causal": False},
+    "tiles of documents": {"rows": 700, "cuts": (0, 300, 317, 700), "is_causal": False},
+    "tiles of a batch": {"rows": 90, "key_start": -20, "size": 64, "hidden": True, "batch": 3, "is_causal": False},
 }
 
 
-def choose(pattern, dtype, *, rows, queries=None, heads=2, keep=2, size=16, cuts=None, key_start=0, hidden=False):
-    """What rows choose, sorted; of this draw no two scores are equal to 24 bits, as far as the kernel looks."""
+def choose(
+    pattern, dtype, *, rows, queries=None, heads=2, keep=2, size=16, cuts=None, key_start=0, hidden=False, batch=1,
+    is_causal=True,
+):  # fmt: skip
+    """What rows choose, sorted; of this draw no two scores are equal to as many bits as the kernel compares."""
     draw = torch.Generator().manual_seed(7)
-    query = torch.randn(1, queries or rows, heads, 24, generator=draw).to(dtype)
-    key = torch.randn(1, rows, 2, 24, generator=draw).to(dtype)
-    mask = torch.rand(1, rows, generator=draw) < 0.3 if hidden else None
+    query = torch.randn(batch, queries or rows, heads, 24, generator=draw).to(dtype)
+    key = torch.randn(batch, rows, 2, 24, generator=draw).to(dtype)
+    mask = torch.rand(batch, rows, generator=draw) < 0.3 if hidden else None
     bounds = None if cuts is None else torch.tensor(cuts)
     content = ContentTopK(keep, 1, 1, pattern, size)
-    return sparse_select(query, key, mask, bounds, None, content.code, key_start, True, None).sort(-1).values
+    return sparse_select(query, key, mask, bounds, None, content.code, key_start, is_causal, None).sort(-1).values
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,7 @@ def choose(pattern, dtype, *, rows, queries=None, heads=2, keep=2, size=16, cuts
         ("packed", "sub_means", torch.float32),
         ("evicted", "min_max", torch.float16),
         ("mask", "moments", torch.float16),
+        ("tiles of a batch", "mean", torch.float16),
         *(
             pytest.param(name, pooling, dtype, marks=pytest.mark.full)
             for name in CASES

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from dilated_attention_pytorch.backends.sparse import packing
 from dilated_attention_pytorch.backends.sparse.packing import Packed
 
 
-def test_entries_by_key_tile_and_in_pieces():
+@pytest.mark.parametrize("at_once", [True, False])
+def test_entries_by_key_tile_and_in_pieces(at_once, monkeypatch):
+    if not at_once:
+        monkeypatch.setattr(packing, "_SHORT", 0)
     generator = torch.Generator().manual_seed(0)
     tiles, keep, size = 7, 2, 4
     choice = torch.randint(-1, tiles - 1, (3, 20 * keep), generator=generator, dtype=torch.int16)  # the last: by nobody

@@ -6,7 +6,7 @@ of one batch entry. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from ...patterns.blocks import BlockPlan, Tiles
 from ...types import Shape
 
 _SHORT = 2**15 - 1
-"""Key tiles that 16 bits count, which sort in half the time."""
+"""What 16 bits count, which sort in half the time."""
 
 
 class Pieces(NamedTuple):
@@ -41,6 +41,20 @@ class Packed:
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        lists, entries = self.chosen.shape
+        if lists * (self.tiles + 1) > _SHORT:
+            return self._sorted_by_list()
+        # All lists in one sort, each behind the one before; with what chose nothing in front of it.
+        kind, device = torch.int16, self.chosen.device
+        base = torch.arange(1, lists * (self.tiles + 1) + 1, self.tiles + 1, device=device, dtype=kind)[:, None]
+        keys = self.chosen.to(kind) + base
+        found, order = torch.sort(keys.view(-1), stable=True)
+        before = torch.arange(lists, device=device)[:, None] * entries
+        asked = base + torch.arange(self.tiles + 1, device=device, dtype=kind)
+        edges = torch.searchsorted(found, asked, out_int32=True) - before.int()
+        return (order.view(lists, entries) - before).int(), edges[:, :-1].contiguous(), edges.diff(dim=1)
+
+    def _sorted_by_list(self) -> tuple[Tensor, Tensor, Tensor]:
         found, order = torch.sort(self.chosen, dim=1, stable=True)
         order = order.int()
         asked = torch.arange(self.tiles + 1, device=found.device, dtype=found.dtype).expand(len(found), -1).contiguous()
@@ -94,7 +108,9 @@ def pack(selection: Tensor, shape: Shape, tiles: Tiles, listed: BlockPlan | None
     batch, heads, _, keep = selection.shape
     key_tiles = len(tiles.keys)
     shift, tile_of_row = row_tables(shape, tiles)
-    found = torch.where(selection >= 0, selection + shift[:, None, :, None], -1)
+    found = selection
+    if shift is not None:
+        found = torch.where(selection >= 0, selection + shift[:, None, :, None], -1)
     if listed is not None:
         head = torch.arange(heads if listed.per_head else 1, device=found.device)[None, :, None, None]
         asked = (head * len(listed.query_tiles) + tile_of_row[:, None, :, None]) * key_tiles + found
@@ -106,16 +122,17 @@ def pack(selection: Tensor, shape: Shape, tiles: Tiles, listed: BlockPlan | None
     return Packed(found.to(kind).view(batch * shape.kv_heads, -1), keep, key_tiles)
 
 
-def row_tables(shape: Shape, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """(B, Nq) each: what turns a block of a row's document into a key tile, and the query tile that a row is in."""
+@lru_cache(maxsize=8)
+def row_tables(shape: Shape, tiles: Tiles) -> tuple[Tensor | None, Tensor]:
+    """(B, Nq) each: what turns a block of a row's document into a key tile, None for nothing, and the query tile that
+    a row is in; equal calls share them.
+    """
     total = shape.batch * shape.query_rows
     if not len(tiles.queries.block):
-        none = torch.zeros(shape.batch, shape.query_rows, dtype=torch.int32, device=tiles.keys.device)
-        return none, none
+        return None, torch.zeros(shape.batch, shape.query_rows, dtype=torch.int32, device=tiles.keys.device)
     batch, first = tiles.queries.tiles[:, :2].long().unbind(1)
     place = torch.arange(total, device=first.device)
     starts = batch * shape.query_rows + first
-    tile = (torch.searchsorted(starts, place, right=True) - 1).clamp(min=0)
-    shift = (tiles.first_tile - tiles.first_block)[tile].int()
-    size = shape.batch, shape.query_rows
-    return shift.view(size), tile.view(size)
+    tile = (torch.searchsorted(starts, place, right=True) - 1).clamp(min=0).view(shape.batch, shape.query_rows)
+    shift = (tiles.first_tile - tiles.first_block).int()
+    return shift[tile] if bool(shift.any()) else None, tile

@@ -80,7 +80,7 @@ def _fill(
     alone = None if mask is None and other.complete else exists
     summaries = content.summaries(other.read(key), alone, acc)  # (G, S, parts, D)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    choose_blocks(found, content, query, own, tiles, summaries, exists.any(1), scale)
+    choose_blocks(found, content, query, own, tiles, summaries, None if mask is None else exists.any(1), scale)
 
 
 def choose_blocks(
@@ -90,7 +90,7 @@ def choose_blocks(
     own: Layout,
     tiles: Tiles,
     summaries: Tensor,
-    filled: Tensor,
+    filled: Tensor | None,
     scale: float,
 ) -> None:
     """Write what the rows of every query tile select into ``found`` (B, H, Nq, keep), a few tiles at a time.
@@ -103,16 +103,16 @@ def choose_blocks(
         own: (T, b) for each query tile.
         tiles: of the query, and of all keys.
         summaries: (G, S, parts, D) of the key tiles.
-        filled: (S,) bool, which of them have a key that is not masked.
+        filled: (S,) bool, which of them have a key that is not masked; None: all of them.
         scale: factor of the scores.
     """
+    if has_kernel(content, query, scale):
+        choose(found, content, query, own, tiles, summaries, filled, scale)
+        return
     size, blocks, acc, heads = content.block_size, tiles.queries, accumulator_dtype(query.dtype), query.shape[2]
     shift = tiles.first_tile - tiles.first_block  # block -> key tile
     low, high = content.candidates(blocks)
     low, high = torch.maximum(low, tiles.first_block) + shift, high + shift
-    if has_kernel(content, query, blocks, scale):
-        choose(found, content, query, own, low, high, shift, summaries, filled, scale)
-        return
     queries = own.read(query)  # (H, T, b, D)
     if not blocks.is_causal:
         number = own.exists.sum(1).clamp(min=1)[:, None, None]
@@ -123,14 +123,16 @@ def choose_blocks(
     rows = found.shape[2]
     written = own.exists & (own.rows < found.shape[0] * rows)
     for begin in range(0, len(blocks.block), step):
-        here, first, last = slice(begin, begin + step), 0, len(filled)
+        here, first, last = slice(begin, begin + step), 0, len(tiles.keys)
         if len(blocks.block) > step:  # only then is it worth waiting for the device
             first = int(low[here].min())
             last = max(int(high[here].max()), first + 1)
-        columns = torch.arange(first, max(first, min(last, len(filled))), device=query.device)
+        columns = torch.arange(first, max(first, min(last, len(tiles.keys))), device=query.device)
         if not len(columns):
             continue
-        allowed = (columns >= low[here, None]) & (columns < high[here, None]) & filled[columns]
+        allowed = (columns >= low[here, None]) & (columns < high[here, None])
+        if filled is not None:
+            allowed &= filled[columns]
         if not blocks.is_causal:
             distance = columns - (blocks.block + shift)[here, None]
             allowed &= distance.abs() > content.always_local
