@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels.schedule import Cells, Group
+from ..kernels.schedule import KEPT, Cells, Group
 from ..patterns import DilatedPattern
 from ..patterns.tiles import branch_groups, cells, class_stride, part_of
 from ..types import Document, Shape
@@ -43,7 +43,7 @@ def pairs(pattern: DilatedPattern) -> list[tuple[int, int]]:
     return list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT)
 def cell_table(
     pattern: DilatedPattern,
     shape: Shape,
@@ -65,7 +65,7 @@ def branch_table(pattern: DilatedPattern, device: str) -> Tensor:
     return torch.tensor(clamped, dtype=torch.int32).to(device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT)
 def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Cells, int]:
     """The cell table, and the class stride."""
     stride = class_stride(problem.pattern, block, longest_position(problem))
@@ -73,7 +73,7 @@ def tiles(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[
     return table, stride
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT)
 def groups(problem: Problem, block: int, side: Literal["query", "key"]) -> tuple[Group, ...]:
     """Groups of branches that have tiles of their own; all rows lie in cells of each."""
     longest = longest_position(problem)

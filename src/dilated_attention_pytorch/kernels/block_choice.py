@@ -97,7 +97,7 @@ def in_order(x, BITS: tl.constexpr, FALLING: tl.constexpr):
     for step in tl.static_range(0, BITS):
         low, high = halves(x, BITS - 1 - step)
         least, most = tl.minimum(low, high), tl.maximum(low, high)
-        if FALLING:
+        if FALLING:  # noqa: SIM108
             x = united(most, least, BITS - 1 - step)
         else:
             x = united(least, most, BITS - 1 - step)

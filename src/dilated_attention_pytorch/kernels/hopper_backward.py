@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_backward_kernel import KEY_ROWS, LONGEST, MAX_BRANCHES, backward_kernel
 from .launch import Address, Launch, View
-from .schedule import TILE_COST, Group, deal, met_blocks
+from .schedule import KEPT, TILE_COST, Group, deal, met_blocks
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -164,7 +164,7 @@ class _Launches(NamedTuple):
     passes: tuple[_Pass, ...]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=KEPT)
 def _launches(
     query: torch.Size, key: torch.Size, strides: _Strides, dtype: torch.dtype, device: torch.device, has_grad_lse: bool,
     groups: tuple[Group, ...], interleaved: bool, is_causal: bool, scale: float,

@@ -46,7 +46,7 @@ from .hopper_producer import (
     scheduler,
 )
 from .launch import Address, Launch, View
-from .schedule import TILE_COST, Group, deal, met_blocks
+from .schedule import KEPT, TILE_COST, Group, deal, met_blocks
 
 # ------------------------------------------------------------------------------------------------------ consumers
 
@@ -452,7 +452,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=KEPT)
 def _launches(
     query: Sizes, key: Sizes, value: Sizes, dtype: torch.dtype, device: torch.device, groups: tuple[Group, ...],
     interleaved: bool, is_causal: bool, scale: float, tuning: Tuning,

@@ -19,6 +19,8 @@ from torch import Tensor
 
 TILE_COST = 1.5
 """Blocks that a tile costs besides those that it meets: an estimate."""
+KEPT = 512
+"""Problems whose tables and launches are kept: streaming has two a chunk, one for each direction."""
 _LAST = 4
 """Tiles a program, at the end, that are dealt heaviest first."""
 
