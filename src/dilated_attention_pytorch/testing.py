@@ -142,10 +142,10 @@ def oracle(
     mixing_grad: MixingGrad = "exact",
     seed: int | None = None,
 ) -> AttentionOutput:
-    """The definition, dense and differentiable, in the dtype of its inputs (float64 for an oracle). CPU.
+    """The definition, dense and differentiable, in the dtype of its inputs (float64 for an oracle).
 
-    Products are taken in the input's dtype, softmax and mixing in float32 or better, as an eager
-    implementation would; ``seed`` is that of the dropout mask.
+    On PyTorch's default device. Products are taken in the input's dtype, softmax and mixing in float32 or better, as
+    an eager implementation would; ``seed`` is that of the dropout mask.
     """
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
     acc = torch.promote_types(query.dtype, torch.float32)
@@ -364,25 +364,27 @@ def violations(case: Case, backends: Sequence[str], *, device: str = "cpu") -> l
 
     Every line reproduces itself: it holds the backend and the case.
     """
-    tensors, options, grad_lse = case.tensors(), case.options(), case.grad_lse
+    tensors, grad_lse = case.tensors(device), case.grad_lse
+    options = {name: t.to(device) if name == "key_padding_mask" else t for name, t in case.options().items()}
     # torch.manual_seed would do, but on a machine without a GPU it writes a traceback for each absent device.
     manual_seed = torch.default_generator.manual_seed if device == "cpu" else torch.cuda.manual_seed
     manual_seed(case.seed)
     seed = int(torch.randint(2**62, (1,), device=device)) if case.dropout_p else None
     dense, exact = partial(oracle, seed=seed, **options), [t.double() for t in tensors]
-    gold, eager = (results(dense, inputs, grad_lse=grad_lse) for inputs in (exact, tensors))
+    with torch.device(device):
+        gold, eager = (results(dense, inputs, grad_lse=grad_lse) for inputs in (exact, tensors))
     dtypes = {name: torch.promote_types(case.dtype, torch.float32) if name == "lse" else case.dtype for name in gold}
     bounds = {name: error_bound(gold[name], eager[name], dtype) for name, dtype in dtypes.items()}
-    moved = {name: t.to(device) if name == "key_padding_mask" else t for name, t in options.items()}
     found = []
     for backend in backends:
         manual_seed(case.seed)
-        attend = partial(dilated_attention_with_lse, backend=backend, **moved)
+        attend = partial(dilated_attention_with_lse, backend=backend, **options)
         got = results(attend, case.tensors(device), grad_lse=grad_lse)
         for index, (name, actual) in enumerate(got.items()):
-            error, bound = max_error(actual.cpu(), gold[name]), bounds[name]
+            error, bound = max_error(actual, gold[name]), bounds[name]
             if not error <= bound:
-                summand = largest_summands(exact, grad_lse=grad_lse, seed=seed, **options)[index]
+                with torch.device(device):
+                    summand = largest_summands(exact, grad_lse=grad_lse, seed=seed, **options)[index]
                 bound = error_bound(gold[name], eager[name], dtypes[name], summand=summand)
             if not (error <= bound < math.inf and actual.dtype == dtypes[name]):
                 found.append(f"{name} ({actual.dtype}) of {backend}: error {error:.3g}, bound {bound:.3g}, {case}")

@@ -1,4 +1,4 @@
-"""Random calls on a GPU, 500 a backend, against the dense oracle in float64 on the CPU.
+"""Random calls on a GPU, 500 a backend, against the dense oracle in float64 on the same GPU.
 
 A Hopper kernel is compiled for a pattern, so its cases share a few patterns and vary everything else; the other
 backends draw their patterns too. Whether a mask is causal is a part's, which halves what has to be compiled.

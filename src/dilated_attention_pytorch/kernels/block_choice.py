@@ -1,3 +1,4 @@
+# mypy: disable-error-code="possibly-undefined"
 """Which key blocks rows choose by their summaries, in plain Triton: scores and the best of them in one kernel.
 
 A program takes ROWS rows and walks the blocks that they may choose, COLUMNS at a time. A score and its block are one

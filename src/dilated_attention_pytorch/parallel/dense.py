@@ -16,8 +16,11 @@ Keep = Callable[[int, int], Tensor]
 """From query row and query row (of the rectangle) to the factors of dropout, 0 or 1 / (1 - p): (B, H, rows, keys)."""
 
 
-def _kernel(query: Tensor, value: Tensor) -> Kernel | None:
-    found = find_kernel(str(query.device), query.dtype, query.shape[3])
+def _kernel(query: Tensor, value: Tensor, *, many_shapes: bool) -> Kernel | None:
+    device, dtype, dim = str(query.device), query.dtype, query.shape[3]
+    found = find_kernel(device, dtype, dim, name="flash") if many_shapes else "not asked for"
+    if isinstance(found, str):
+        found = find_kernel(device, dtype, dim)
     same = query.shape[3] == value.shape[3]
     fits = isinstance(found, Kernel) and same and query.shape[3] % found.dim_multiple == 0
     return found if fits and isinstance(found, Kernel) else None
@@ -29,13 +32,21 @@ def _scores(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor
 
 
 def dense_forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, hidden: Tensor | None = None, keep: Keep | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    hidden: Tensor | None = None,
+    keep: Keep | None = None,
+    many_shapes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of query (B, H, Nq, D) against all of key and value (B, H, Nk, D), as a partial result.
 
     ``hidden`` (B, H, Nk) bool are keys that nobody may see; ``keep`` drops pairs. Rows that see none give (0, -inf).
+    ``many_shapes``: hardly two calls have equal sizes, so no kernel that is prepared for each (cuDNN's).
     """
-    kernel = _kernel(query, value) if hidden is None and keep is None else None
+    kernel = _kernel(query, value, many_shapes=many_shapes) if hidden is None and keep is None else None
     if kernel is not None:
         return kernel.forward(query, key, value, False, scale)
     acc = accumulator_dtype(query.dtype)
@@ -62,12 +73,14 @@ def dense_backward(
     *,
     hidden: Tensor | None = None,
     keep: Keep | None = None,
+    many_shapes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients from the final out (B, H, Nq, Dv) and lse (B, H, Nq); ``hidden`` and ``keep`` as in the forward pass.
+    """Gradients from the final out (B, H, Nq, Dv) and lse (B, H, Nq); options as in the forward pass.
 
     ``delta`` is rowsum(dO * O) - dLSE where the log-sum-exp has a gradient, which no vendor kernel takes.
     """
-    kernel = _kernel(query, value) if delta is None and hidden is None and keep is None else None
+    whole = delta is None and hidden is None and keep is None
+    kernel = _kernel(query, value, many_shapes=many_shapes) if whole else None
     if kernel is not None:
         return kernel.backward(grad_out, query, key, value, out, lse, False, scale)
     acc = accumulator_dtype(query.dtype)

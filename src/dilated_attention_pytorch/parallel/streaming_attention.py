@@ -75,8 +75,9 @@ def _join(run: Run, loaded: Loaded[Bundle], q: Tensor, total: Tensor, lse: Tenso
     for (tile, k), (_, v) in zip(keys, values, strict=True):
         for r in run.rectangles(tile):
             part, part_lse = dense_forward(
-                query_rows(q, r), key_rows(k, r), key_rows(v, r), run.problem.options.scale, keep=run.keep(tile, r)
-            )
+                query_rows(q, r), key_rows(k, r), key_rows(v, r), run.problem.options.scale, keep=run.keep(tile, r),
+                many_shapes=True,
+            )  # fmt: skip
             merge_(query_rows(total, r), query_rows(lse.unsqueeze(-1), r)[..., 0], part, part_lse)
 
 
@@ -209,7 +210,7 @@ class _Side:
             dq_r, *parts = dense_backward(
                 grad_out, delta, query_rows(self.q, r), key_rows(k, r), key_rows(v, r), out,
                 query_rows(self.lse.unsqueeze(-1), r)[..., 0], scale,
-                keep=self.run.keep(tile, r),
+                keep=self.run.keep(tile, r), many_shapes=True,
             )  # fmt: skip
             query_rows(dq, r).add_(dq_r)
             for total, part in zip(totals, parts, strict=True):

@@ -88,7 +88,7 @@ def choose(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _tables(tiles: Tiles, own: Layout, content: ContentTopK, batch: int, rows: int) -> tuple[Tensor, ...]:
     """(T,) first and last + 1 key tile that a query tile may choose, its key tile less its block; (places,) row of
     the query and, not causal, own key tile and row of the result. int32; equal calls share them.

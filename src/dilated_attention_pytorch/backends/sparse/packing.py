@@ -122,7 +122,7 @@ def pack(selection: Tensor, shape: Shape, tiles: Tiles, listed: BlockPlan | None
     return Packed(found.to(kind).view(batch * shape.kv_heads, -1), keep, key_tiles)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def row_tables(shape: Shape, tiles: Tiles) -> tuple[Tensor | None, Tensor]:
     """(B, Nq) each: what turns a block of a row's document into a key tile, None for nothing, and the query tile that
     a row is in; equal calls share them.
