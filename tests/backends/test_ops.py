@@ -231,3 +231,22 @@ def test_gradients_in_a_batch_are_those_one_by_one():
             alone = torch.autograd.grad(output, leaves[:2], one, retain_graph=True)
             for a, b in zip(batched, alone, strict=True):
                 torch.testing.assert_close(a[i], b)
+
+
+def test_transforms_of_functions():
+    q, k, v = (draw(2, 20, 4, 8, seed=i) for i in range(3))
+
+    def loss(q, k, v):
+        out, lse = dilated_attention_with_lse(q, k, v, [8, 32], [1, 3], is_causal=True)
+        return out.square().sum() + lse.sin().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    one = torch.func.grad(lambda *row: loss(*(t[None] for t in row)), argnums=(0, 1, 2))
+    for found in (torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v), torch.func.vmap(one)(q, k, v)):
+        torch.testing.assert_close(found, wanted)
+    rows, pull = torch.func.vjp(lambda q: dilated_attention(q, k, v, [8, 32], [1, 3]).sum((0, 2, 3)), q)
+    several = torch.func.jacrev(lambda q: dilated_attention(q, k, v, [8, 32], [1, 3]).sum((0, 2, 3)))(q)
+    torch.testing.assert_close(several.sum(0), pull(torch.ones_like(rows))[0])
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v).sum())(q)

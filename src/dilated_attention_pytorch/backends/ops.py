@@ -197,8 +197,9 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
     through = torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse)
-    function = attention_backward if through else _backward
-    return *function(grad_out, grad_lse, *saved, *ctx.rest), *empty
+    arguments = grad_out, grad_lse, *saved, *ctx.rest
+    found = seen(attention_backward, _TransformedBackward, arguments) if through else _backward(*arguments)
+    return *found, *empty
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -218,10 +219,36 @@ def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any])
     return cast(Callable[..., Any], getattr(torch.ops.dilated_attention_pytorch, name).default)
 
 
+def transformed(
+    operator: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
+) -> type[torch.autograd.Function]:
+    """An operator as `torch.func.grad` and its kin take it; PyTorch gives an operator another form of function."""
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(lambda *inputs: operator(*inputs)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(differentiate),
+    }
+    return type("Transformed", (torch.autograd.Function,), members)
+
+
+def seen(operator: Callable[..., Any], transformed: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
+    """``operator(*arguments)`` where somebody has to see it, `torch.func.grad` perhaps."""
+    if not torch.compiler.is_compiling():
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+            return transformed.apply(*arguments)
+    return operator(*arguments)
+
+
 attention_forward = _register("forward", _forward, _fake_forward)
 attention_backward = _register("backward", _backward, _fake_backward)
 torch.library.register_autograd("dilated_attention_pytorch::backward", _refuse)
 torch.library.register_autograd("dilated_attention_pytorch::forward", _differentiate, setup_context=_setup_context)
+_Transformed = transformed(attention_forward, _differentiate, _setup_context)
+_TransformedBackward = transformed(attention_backward, _refuse)
 
 
 class _Attention(torch.autograd.Function):
@@ -255,13 +282,14 @@ def _observed(*given: Tensor | None) -> bool:
 
 
 def call_straight(
-    operator: Callable[..., Any], function: type[torch.autograd.Function], forward: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    operator: Callable[..., Any], function: type[torch.autograd.Function], transformed: type[torch.autograd.Function],
+    forward: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``operator(*arguments)``, query, key and value first, without the dispatcher where nobody has to see it.
 
     On the way through the dispatcher every argument is boxed and unboxed several times, which is more work for the
-    host than the launch of a kernel. ``function`` is the operator as an autograd function, ``forward`` what it runs.
+    host than the launch of a kernel. ``function`` is the operator as an autograd function, ``transformed`` the same
+    for `torch.func`, ``forward`` what it runs.
 
     Raises:
         RuntimeError: forward-mode differentiation, for which the operators would give a derivative of zero.
@@ -273,7 +301,7 @@ def call_straight(
             "use torch.autograd.grad"
         )
     if _observed(*tensors):
-        return cast(tuple[Tensor, Tensor], operator(*arguments))
+        return cast(tuple[Tensor, Tensor], seen(operator, transformed, arguments))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return cast(tuple[Tensor, Tensor], function.apply(*arguments))
     return cast(tuple[Tensor, Tensor], forward(*arguments))
@@ -303,4 +331,4 @@ def attention(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, segment_lengths, dilation_rates, key_start,
         is_causal, scale, dropout_p, head_offsets, padding, mixing_grad, backend,
     )  # fmt: skip
-    return call_straight(attention_forward, _Attention, _forward, arguments)
+    return call_straight(attention_forward, _Attention, _Transformed, _forward, arguments)

@@ -171,6 +171,18 @@ def test_gradients_have_no_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("pattern", [LOCAL, ContentTopK(1, block_size=16)], ids=["list", "content"])
+def test_the_gradient_of_a_function(pattern):
+    q, k, v = (draw(1, 80, 2, 8, seed=i) for i in range(3))
+
+    def loss(q, k, v):
+        return sparse_attention(q, k, v, pattern, is_causal=True).square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v), wanted)
+
+
 def test_inputs_are_left_as_they_were():
     inputs = [draw(2, 40, 4, 8, seed=i).requires_grad_() for i in range(3)]
     before = [t.detach().clone() for t in inputs]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...types import Options, Shape
 from ..documents import read_documents
-from ..ops import _fake_backward, _fake_forward, _observed, _register, call_straight, no_autocast
+from ..ops import _fake_backward, _fake_forward, _observed, _register, call_straight, no_autocast, seen, transformed
 from .dispatch import SPARSE_BACKENDS, choose_sparse
 from .problem import SparseProblem, make_problem
 
@@ -158,7 +158,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
     if torch.is_grad_enabled() or _observed(grad_out, *saved[:3], grad_lse):
-        gradients = sparse_backward(grad_out, grad_lse, *saved, lists, *ctx.rest)
+        gradients = seen(sparse_backward, _TransformedBackward, (grad_out, grad_lse, *saved, lists, *ctx.rest))
     elif (problem := getattr(ctx, "problem", None)) is not None:
         query, key, value, out, lse, mask, _, _, seed = saved
         gradients = _backward_of(problem, grad_out, grad_lse, query, key, value, out, lse, mask, seed, ctx.rest[-1])
@@ -197,6 +197,10 @@ class _Attention(torch.autograd.Function):
         return *found[:7], None, *found[8:]
 
 
+_Transformed = transformed(sparse_forward, _Attention.backward, _setup_context)
+_TransformedBackward = transformed(sparse_backward, _refuse)
+
+
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -218,4 +222,4 @@ def sparse_attention(
         query, key, value, key_padding_mask, cu_seqlens, key_starts, seed, lists, pattern, key_start, is_causal, scale,
         dropout_p, backend,
     )  # fmt: skip
-    return call_straight(sparse_forward, _Attention, _forward, arguments)
+    return call_straight(sparse_forward, _Attention, _Transformed, _forward, arguments)
