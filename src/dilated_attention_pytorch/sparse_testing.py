@@ -18,7 +18,7 @@ from .patterns.content import ContentTopK
 from .patterns.formula import pair_counts
 from .patterns.union import Union, members_of
 from .sparse import sparse_attention_with_lse
-from .testing import Case, error_bound, max_error, results
+from .testing import Case, error_bound, least_bound, max_error, results
 from .types import AttentionOutput
 
 
@@ -205,7 +205,7 @@ def sparse_violations(
         attend = partial(sparse_attention_with_lse, pattern=case.pattern, backend=backend, **moved)
         got = results(attend, case.tensors(device), grad_lse=case.grad_lse)
         for name, actual in got.items():
-            bound = error_bound(gold[name], eager[name], dtypes[name])
+            bound = max(error_bound(gold[name], eager[name], dtypes[name]), least_bound(name, case.dtype, device))
             error = max_error(actual.cpu(), gold[name])
             if not error <= bound:
                 terms = summands(exact, gold, found_counts, case, hidden=options.get("key_padding_mask"))

@@ -245,6 +245,14 @@ def error_bound(gold: Tensor, eager: Tensor, dtype: torch.dtype, *, summand: flo
     return max(2 * shown[0] + 4 * eps * shown[1], eps * summand * (0.5 if dtype.itemsize == 2 else 4))
 
 
+def least_bound(name: str, dtype: torch.dtype, device: str) -> float:
+    """What any result may be off: PyTorch's CPU kernel takes exponentials of 16-bit inputs to some 15 bits.
+
+    Its lse is up to 4.1e-5 off, and of one or two rows the eager error, which bound B has, may be less by chance.
+    """
+    return 2**-14 if name == "lse" and dtype.itemsize == 2 and device == "cpu" else 0.0
+
+
 def max_error(actual: Tensor, gold: Tensor) -> float:
     """Largest difference; inf where one is finite and the other is not, so that a NaN never passes."""
     same = actual.double() == gold
@@ -381,7 +389,7 @@ def violations(case: Case, backends: Sequence[str], *, device: str = "cpu") -> l
         attend = partial(dilated_attention_with_lse, backend=backend, **options)
         got = results(attend, case.tensors(device), grad_lse=grad_lse)
         for index, (name, actual) in enumerate(got.items()):
-            error, bound = max_error(actual, gold[name]), bounds[name]
+            error, bound = max_error(actual, gold[name]), max(bounds[name], least_bound(name, case.dtype, device))
             if not error <= bound:
                 with torch.device(device):
                     summand = largest_summands(exact, grad_lse=grad_lse, seed=seed, **options)[index]
